@@ -1,0 +1,33 @@
+"""The console command `unimoe`. Exit status: 0 done, 1 refused with one line on standard error, 2 wrong usage."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .commands import generate, info
+
+COMMANDS = (generate, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unimoe", description="Sparse mixture-of-experts multimodal LLMs.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("unimoe: interrupted", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        # The first line says what is wrong; Transformers appends paragraphs to some of its messages.
+        print(f"unimoe {args.command}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

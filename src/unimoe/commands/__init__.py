@@ -1,0 +1,1 @@
+"""The subcommands of `unimoe`; each module adds its parser and runs it."""

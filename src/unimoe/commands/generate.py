@@ -1,0 +1,59 @@
+"""`unimoe generate`: one question about the user's own files, answered on standard output."""
+
+import argparse
+import sys
+from pathlib import Path
+
+MODALITIES = ("image", "audio", "speech", "video")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="answer a question about images, videos, sounds and speech",
+        description="Answers one question. Media options may be repeated; items stand before the question in the order "
+        "image, audio, speech, video.",
+    )
+    parser.add_argument("question", help="what to ask; may be empty if a spoken question is given")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the embedded tiny checkpoint)")
+    for modality in MODALITIES:
+        parser.add_argument(f"--{modality}", metavar="FILE", action="append", default=[], help=f"{modality} path or URL")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is being generated")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies in the model's folder")
+    parser.add_argument("--device", help="device to run on, such as cpu or cuda:0 (default: chosen by Transformers)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the answer. Raises ValueError or OSError, with a message for the user, for whatever cannot be done."""
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    from transformers import TextStreamer, pipeline
+
+    import unimoe
+
+    model = args.model or unimoe.tiny_checkpoint()
+    if not (Path(model) / "config.json").is_file() and Path(model).exists():
+        raise ValueError(f"--model {model}: the folder has no config.json; it must be a checkpoint folder")
+    content = [
+        {"type": modality, modality: item}
+        for modality in MODALITIES
+        for item in getattr(args, modality)
+    ]
+    if args.question:
+        content.append({"type": "text", "text": args.question})
+    if not content:
+        raise ValueError("the question is empty and no file is given")
+    pipe = pipeline("any-to-text", model=model, trust_remote_code=args.trust_remote_code or None, device=args.device)
+    streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
+    answer = pipe(
+        [{"role": "user", "content": content}],
+        max_new_tokens=args.max_new_tokens,
+        return_full_text=False,
+        **({"generate_kwargs": {"streamer": streamer}} if streamer else {}),
+    )
+    if not args.stream:
+        print(answer[0]["generated_text"].strip())
+    sys.stdout.flush()
+    return 0

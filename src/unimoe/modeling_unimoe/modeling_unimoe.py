@@ -1,0 +1,639 @@
+"""The UniMoE model: towers and connectors turn media into embeddings, which replace placeholders in front of a decoder.
+
+Shape letters in docstrings: B batch, S text length with placeholders expanded, H decoder width, N media items (or sound
+chunks) of the whole batch in reading order, P tokens per image, Q tokens per sound chunk, F video frames, R image side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation import LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import slice_logits_to_keep
+
+from .beats import UniMoEAudioModel
+from .configuration_unimoe import MODALITIES, UniMoEConfig
+from .connectors import build_connector, init_connector_weights
+from .router_losses import load_balancing_loss, router_z_loss
+from .sparse_moe import init_sparse_moe_weights
+from .sparsify import sparsify
+
+# The input that carries each modality, as `forward` names it.
+MEDIA_INPUTS = {
+    "image": "pixel_values",
+    "video": "pixel_values_videos",
+    "audio": "input_values",
+    "speech": "input_features",
+}
+
+
+@dataclass
+class UniMoEModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Args:
+        router_logits (`tuple` of float [B * S, E], one per sparse decoder layer): With `output_router_logits=True`.
+        image_hidden_states (float [N, P, H]), video_hidden_states (float [N, P, H]), audio_hidden_states (float [N, Q, H]),
+            speech_hidden_states (float [N, Q, H]): The embeddings that replaced the placeholders; None without such items.
+    """
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class UniMoECausalLMOutputWithPast(ModelOutput):
+    r"""
+    Args:
+        loss (float scalar): Next-token cross entropy over labels other than -100, plus the weighted auxiliary losses.
+        logits (float [B, S or `logits_to_keep`, vocabulary]): Scores before softmax.
+        aux_loss (float scalar): The unweighted load-balancing loss, with `output_router_logits=True` or where the
+            configuration gives an auxiliary loss a weight.
+        past_key_values, hidden_states, attentions: As in every Transformers decoder.
+        router_logits and the `*_hidden_states` of the media: See [`UniMoEModelOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    audio_hidden_states: torch.Tensor | None = None
+    speech_hidden_states: torch.Tensor | None = None
+
+
+class UniMoEPreTrainedModel(PreTrainedModel):
+    config: UniMoEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers decides this from the source text of this file, where no experts class stands.
+    _can_set_experts_implementation_cached_value = True
+    # Whether `from_pretrained` refuses a checkpoint that does not fill the model exactly.
+    strict_loading = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        init_connector_weights(module, std)
+        init_sparse_moe_weights(module, std)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As [`PreTrainedModel.save_pretrained`], but tensors keep this model's names unless the originals' are asked for.
+
+        (Transformers' default would write the towers and a Mixtral decoder under their pre-v5 names.)
+        """
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As [`PreTrainedModel.from_pretrained`], but a checkpoint must fill the model exactly.
+
+        Raises:
+            ValueError: Tensors are missing, left over or of another shape than the configuration gives them. Pass
+                `ignore_mismatched_sizes=True` to accept such a checkpoint as Transformers does.
+        """
+        lenient = kwargs.get("ignore_mismatched_sizes", False) or not cls.strict_loading
+        wants_info = kwargs.pop("output_loading_info", False)
+        if not lenient:
+            # Transformers' own refusal prints a table; ours names the tensors in one message with the other two kinds.
+            kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if not lenient:
+            _check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+
+def _check_loading_info(folder, info: dict):
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape than the config gives them": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    found = []
+    for kind, names in problems.items():
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found.append(f"{len(names)} tensors are {kind} ({', '.join(names[:3])}{rest})")
+    if found:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fill the model that its config describes: {'; '.join(found)}. Load a "
+            "complete checkpoint, or pass ignore_mismatched_sizes=True to start the rest from random weights."
+        )
+
+
+def _build_backbone(
+    config: UniMoEConfig, sub_config: PreTrainedConfig, sparsity: PreTrainedConfig | None
+) -> PreTrainedModel:
+    """A stock Transformers model from its config, its FFNs made sparse where `sparsity` says so."""
+    requested = sub_config._experts_implementation or config._experts_implementation
+    # While still dense, the stock class would refuse a request for an experts implementation.
+    sub_config._experts_implementation_internal = None
+    backbone = AutoModel.from_config(sub_config)
+    if sparsity is not None:
+        sparsify(
+            backbone,
+            layers=sparsity.layers,
+            num_experts=sparsity.num_experts,
+            top_k=sparsity.top_k,
+            norm_topk_prob=sparsity.norm_topk_prob,
+            router_dtype=sparsity.router_dtype,
+            copy_weights=False,
+        )
+    if backbone._can_set_experts_implementation():
+        backbone.set_experts_implementation(requested)
+    return backbone
+
+
+class UniMoEModel(UniMoEPreTrainedModel):
+    """Towers, connectors and decoder without the language-modelling head.
+
+    Submodules, each present only if the configuration has it: `vision_tower`, `audio_tower`, `speech_tower`,
+    `vision_connector`, `audio_connector`, `speech_connector`; always: `language_model`.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        if config.vision_config is not None:
+            self.vision_tower = _build_backbone(config, config.vision_config, config.vision_sparsity)
+            self.vision_connector = build_connector(
+                config.vision_connector_config, config.vision_config.hidden_size, width
+            )
+        if config.audio_config is not None:
+            self.audio_tower = UniMoEAudioModel._from_config(config.audio_config)
+            self.audio_connector = build_connector(
+                config.audio_connector_config, config.audio_config.hidden_size, width
+            )
+        if config.speech_config is not None:
+            self.speech_tower = WhisperEncoder._from_config(config.speech_config)
+            self.speech_connector = build_connector(
+                config.speech_connector_config, config.speech_config.d_model, width
+            )
+        self.language_model = _build_backbone(config, config.text_config, config.text_sparsity)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of images.
+
+        Args:
+            pixel_values: Float [N, 3, R, R], normalised as the vision tower expects.
+
+        Returns:
+            `pooler_output` [N, P, H] replaces the placeholders; `last_hidden_state` is the tower's selected layer,
+            [N, P, tower width].
+
+        Raises:
+            ValueError: The model has no vision tower, or the images have another size than it takes.
+        """
+        self._require_tower("image", pixel_values)
+        side = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(f"`pixel_values` must be [N, 3, {side}, {side}], got {list(pixel_values.shape)}")
+        selected = self._select_vision_features(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=selected, pooler_output=self.vision_connector(selected))
+
+    def _select_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        layer = self.config.vision_feature_layer
+        kwargs.pop("output_hidden_states", None)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=[layer], **kwargs)
+        selected = outputs.hidden_states[layer]
+        return selected[:, 1:] if self.config.vision_feature_select_strategy == "default" else selected
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_frame_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of videos: the mean over frames of the projected frame features (Uni-MoE, section 3.1 of the paper).
+
+        Args:
+            pixel_values_videos: Float [N, F, 3, R, R].
+            video_frame_mask: Int [N, F], 1 for real frames; all are real where it is None.
+
+        Returns:
+            `pooler_output` [N, P, H]; a video costs as many tokens as an image, and the order of its frames is lost.
+
+        Raises:
+            ValueError: The model has no vision tower, a video has no frame, or frames have another size than it takes.
+        """
+        self._require_tower("video", pixel_values_videos)
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(f"`pixel_values_videos` must be [N, F, 3, R, R], got {list(pixel_values_videos.shape)}")
+        num_videos, num_frames = pixel_values_videos.shape[:2]
+        if num_frames == 0:
+            raise ValueError("`pixel_values_videos` has no frames")
+        frames = pixel_values_videos.flatten(0, 1)
+        if video_frame_mask is None:
+            outputs = self.get_image_features(frames, return_dict=True, **kwargs)
+            outputs.pooler_output = outputs.pooler_output.unflatten(0, (num_videos, num_frames)).mean(dim=1)
+            return outputs
+        # Padding frames are left out before the tower, which costs far more than this selection.
+        is_real = video_frame_mask.flatten().bool()
+        outputs = self.get_image_features(frames[is_real], return_dict=True, **kwargs)
+        video_index = torch.arange(num_videos, device=is_real.device).repeat_interleave(num_frames)[is_real]
+        features = outputs.pooler_output
+        total = features.new_zeros((num_videos, *features.shape[1:])).index_add(0, video_index, features)
+        outputs.pooler_output = total / video_frame_mask.sum(dim=1).to(total.dtype).view(-1, 1, 1)
+        return outputs
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_values: torch.Tensor,
+        input_values_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of chunks of audio.
+
+        Args:
+            input_values: Float [N, frames, mel bins], normalised log filterbanks.
+            input_values_mask: Int [N, frames], 1 for real frames; all are real where it is None.
+
+        Returns:
+            `pooler_output` [N, Q, H]; `last_hidden_state` is the BEATs output.
+
+        Raises:
+            ValueError: The model has no audio tower.
+        """
+        self._require_tower("audio", input_values)
+        outputs = self.audio_tower(
+            input_values.to(self.audio_tower.dtype), attention_mask=input_values_mask, return_dict=True, **kwargs
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state, pooler_output=self.audio_connector(outputs.last_hidden_state)
+        )
+
+    @can_return_tuple
+    def get_speech_features(
+        self, input_features: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Embeddings of 30 s chunks of speech.
+
+        Args:
+            input_features: Float [N, mel bins, frames], Whisper log-mel spectrograms.
+
+        Returns:
+            `pooler_output` [N, Q, H]; `last_hidden_state` is the Whisper encoder's output.
+
+        Raises:
+            ValueError: The model has no speech tower.
+        """
+        self._require_tower("speech", input_features)
+        outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state, pooler_output=self.speech_connector(outputs.last_hidden_state)
+        )
+
+    def _require_tower(self, modality: str, value: torch.Tensor):
+        if modality not in self.config.input_modalities:
+            takes = ", ".join(("text", *self.config.input_modalities))
+            raise ValueError(
+                f"`{MEDIA_INPUTS[modality]}` given, but this model has no tower for {modality}; it takes: {takes}"
+            )
+
+    def encode_media(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Runs every tower that has an input. Keys are modalities; the result may be passed to `forward` or `generate`
+        as `mm_encoder_outputs` instead of the raw media."""
+        encoded = {}
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values, return_dict=True)
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(pixel_values_videos, video_frame_mask, return_dict=True)
+        if input_values is not None:
+            encoded["audio"] = self.get_audio_features(input_values, input_values_mask, return_dict=True)
+        if input_features is not None:
+            encoded["speech"] = self.get_speech_features(input_features, return_dict=True)
+        return encoded
+
+    def placeholder_mask(
+        self, modality: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Bool [B, S], True at the placeholders of `modality`.
+
+        Raises:
+            ValueError: Only embeddings are given and the placeholder's id has none.
+        """
+        token_id = getattr(self.config, f"{modality}_token_id")
+        if input_ids is not None:
+            return input_ids == token_id
+        table = self.get_input_embeddings()
+        if token_id >= table.num_embeddings:
+            raise ValueError(
+                f"{modality} inputs cannot be placed by `inputs_embeds` alone, since `{modality}_token_id` ({token_id}) has "
+                "no embedding in this model: pass `input_ids`, or embeddings into which the features are already put"
+            )
+        return (inputs_embeds == table.weight[token_id]).all(dim=-1)
+
+    def _splice(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        encoded: dict[str, BaseModelOutputWithPooling],
+    ) -> torch.Tensor:
+        """[B, S, H] embeddings in which the k-th placeholder of a modality, in reading order, is its k-th feature."""
+        if input_ids is not None:
+            table = self.get_input_embeddings()
+            # Placeholders beyond the vocabulary are overwritten below, so any row of the table will do for them.
+            beyond = input_ids >= table.num_embeddings
+            inputs_embeds = table(input_ids.masked_fill(beyond, 0))
+        text_embeds = inputs_embeds
+        for modality in MODALITIES:
+            token_id = getattr(self.config, f"{modality}_token_id")
+            if encoded.get(modality) is None:
+                if input_ids is not None and input_ids.shape[1] > 1 and token_id >= table.num_embeddings:
+                    self._check_count(modality, input_ids == token_id, 0)
+                continue
+            features = encoded[modality].pooler_output
+            mask = self.placeholder_mask(modality, input_ids, text_embeds)
+            self._check_count(modality, mask, features.shape[0] * features.shape[1])
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+        return inputs_embeds
+
+    def _check_count(self, modality: str, mask: torch.Tensor, num_features: int):
+        if torch.compiler.is_compiling():
+            return
+        num_placeholders = int(mask.sum())
+        if num_placeholders != num_features:
+            raise ValueError(
+                f"The text has {num_placeholders} {modality} placeholder tokens (id "
+                f"{getattr(self.config, f'{modality}_token_id')}), but `{MEDIA_INPUTS[modality]}` gives {num_features} "
+                "embeddings. Let the processor expand the text together with its items."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniMoEModelOutputWithPast:
+        """
+        Args:
+            input_ids: Int [B, S], in which each item is as many placeholders as it has features.
+            attention_mask: Int [B, S], 1 for real tokens; padding may be on either side.
+            pixel_values, pixel_values_videos, video_frame_mask, input_values, input_values_mask, input_features: See
+                `get_image_features`, `get_video_features`, `get_audio_features` and `get_speech_features`.
+            inputs_embeds: Float [B, S, H] instead of `input_ids`.
+            mm_encoder_outputs: What [`encode_media`] returned, instead of the raw media.
+
+        Raises:
+            ValueError: Neither or both of `input_ids` and `inputs_embeds`; a modality without a tower; or a number of
+                placeholders that is not the number of features.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`")
+        encoded = dict(mm_encoder_outputs or {})
+        encoded |= self.encode_media(
+            pixel_values, pixel_values_videos, video_frame_mask, input_values, input_values_mask, input_features
+        )
+        outputs = self.language_model(
+            inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        features = {f"{modality}_hidden_states": output.pooler_output for modality, output in encoded.items()}
+        return UniMoEModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+            **features,
+        )
+
+
+class _WithoutPlaceholders(LogitsProcessorList):
+    """Shows logits processors ids that exist (repetition penalties index the scores by them) and keeps placeholders from
+    being generated."""
+
+    def __init__(self, processors: LogitsProcessorList, placeholder_ids: list[int]):
+        super().__init__(processors)
+        self.placeholder_ids = placeholder_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        in_vocabulary = [token_id for token_id in self.placeholder_ids if token_id < scores.shape[-1]]
+        if in_vocabulary:
+            scores = scores.index_fill(-1, torch.tensor(in_vocabulary, device=scores.device), -torch.inf)
+        return super().__call__(input_ids.masked_fill(input_ids >= scores.shape[-1], 0), scores, **kwargs)
+
+
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
+    """A UniMoE model with its language-modelling head: text, image, video, audio and speech in, text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        self.model = UniMoEModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        """See [`UniMoEModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        """See [`UniMoEModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    def get_audio_features(self, input_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        """See [`UniMoEModel.get_audio_features`]."""
+        return self.model.get_audio_features(input_values, **kwargs)
+
+    def get_speech_features(self, input_features: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        """See [`UniMoEModel.get_speech_features`]."""
+        return self.model.get_speech_features(input_features, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        input_values_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UniMoECausalLMOutputWithPast:
+        """
+        Args:
+            labels: Int [B, S], the ids to predict, aligned with `input_ids`; -100 is left out of the loss.
+            output_router_logits: Return the decoder's router logits and `aux_loss`. Default: `config.output_router_logits`.
+            logits_to_keep: Compute logits for this many last positions only (0: all), or for these positions.
+            The other arguments and errors are those of [`UniMoEModel.forward`].
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        aux_coef, z_coef = self._router_loss_coefs() if labels is not None else (0.0, 0.0)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            video_frame_mask=video_frame_mask,
+            input_values=input_values,
+            input_values_mask=input_values_mask,
+            input_features=input_features,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=bool(output_router_logits or aux_coef or z_coef),
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if outputs.router_logits:
+            # A 4-D mask, or one that covers cached tokens too, does not say which of these tokens are padding.
+            num_tokens = outputs.last_hidden_state.shape[:2].numel()
+            usable = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.numel() == num_tokens
+            token_mask = attention_mask if usable else None
+            aux_loss = load_balancing_loss(outputs.router_logits, token_mask)
+            if labels is not None and (aux_coef or z_coef):
+                weighted = aux_coef * aux_loss + z_coef * router_z_loss(outputs.router_logits, token_mask)
+                loss = loss + (weighted * _share_of_batch(labels, kwargs.get("num_items_in_batch"))).to(loss.device)
+        return UniMoECausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+            speech_hidden_states=outputs.speech_hidden_states,
+        )
+
+    def _router_loss_coefs(self) -> tuple[float, float]:
+        """Weights of the load-balancing and of the z loss: ours, or those of a decoder that is sparse by itself."""
+        if self.config.text_sparsity is not None:
+            return self.config.text_sparsity.router_aux_loss_coef, self.config.text_sparsity.router_z_loss_coef
+        # Stock sparse decoders apply their coefficient only when asked to return router logits.
+        text_config = self.config.text_config
+        if getattr(text_config, "num_local_experts", None) and getattr(text_config, "output_router_logits", False):
+            return text_config.router_aux_loss_coef, 0.0
+        return 0.0, 0.0
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs: dict, model_input_name, generation_config
+    ) -> dict:
+        # Every tower runs here, once, whatever the cache, the beams and the number of steps.
+        names = ("pixel_values", "pixel_values_videos", "video_frame_mask", "input_values", "input_values_mask")
+        media = {name: model_kwargs.pop(name, None) for name in (*names, "input_features")}
+        encoded = self.model.encode_media(**media)
+        if encoded:
+            model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), **encoded}
+        return model_kwargs
+
+    def _expand_multimodal_outputs(
+        self, input_ids, mm_encoder_output: dict, expand_size: int = 1, inputs_embeds: torch.Tensor | None = None
+    ) -> dict:
+        """Repeats each row's items, as a group, for each of its beams."""
+        if input_ids is not None and input_ids.numel() == 0:
+            input_ids = None
+        expanded = {}
+        for modality, output in mm_encoder_output.items():
+            features = output.pooler_output
+            mask = self.model.placeholder_mask(modality, input_ids, inputs_embeds)
+            counts = (mask.sum(dim=1) // features.shape[1]).tolist()
+            items = torch.arange(features.shape[0], device=features.device).split(counts)
+            order = torch.cat([row for row in items for _ in range(expand_size)])
+            expanded[modality] = BaseModelOutputWithPooling(pooler_output=features[order])
+        return expanded
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        placeholder_ids = [getattr(self.config, f"{modality}_token_id") for modality in self.config.input_modalities]
+        return _WithoutPlaceholders(processors, placeholder_ids) if placeholder_ids else processors
+
+
+def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """This call's part of the optimiser step, by predicted tokens.
+
+    `Trainer` divides the cross entropy by the tokens of the whole step and adds up its micro-batches, so a loss that is a
+    mean over one micro-batch has to be scaled down to its share, lest it count once per micro-batch and process.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+__all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel"]
