@@ -1,0 +1,134 @@
+"""Top-k routing: the plain definition and the form that the model runs, side by side.
+
+Shape suffixes: T tokens, H hidden size, E experts, K experts chosen for each token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def naive_topk_router(
+    hidden_states_TH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    top_k: int,
+    *,
+    norm_topk_prob: bool = True,
+    router_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition, for tests and for reading: softmax over all experts, keep the top k, renormalise.
+
+    Args:
+        hidden_states_TH: float [T, H].
+        weight_EH: float [E, H].
+        top_k: experts per token, 1 to E.
+        norm_topk_prob: whether the chosen weights are divided by their sum.
+        router_dtype: dtype of the linear map; None keeps the dtype of `hidden_states_TH`.
+
+    Returns:
+        Router logits [T, E], weights [T, K] in the dtype of `hidden_states_TH`, expert ids int64 [T, K].
+    """
+    dtype = router_dtype or hidden_states_TH.dtype
+    logits_TE = hidden_states_TH.to(dtype) @ weight_EH.to(dtype).T
+    probs_TE = logits_TE.float().softmax(dim=-1)
+    weights_TK, index_TK = probs_TE.topk(top_k, dim=-1)
+    if norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return logits_TE, weights_TK.to(hidden_states_TH.dtype), index_TK
+
+
+def fused_topk_router(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    norm_topk_prob: bool = True,
+    router_dtype: torch.dtype | None = None,
+    return_logits: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Top-k on the logits, then softmax over the chosen ones alone: equal to `naive_topk_router`, with less work.
+
+    Softmax keeps the order and its denominator cancels in the renormalisation, so the [T, E] probabilities are never
+    needed. Equal logits are ordered as `torch.topk` orders them.
+
+    Args:
+        hidden_states: float [T, H].
+        weight: float [E, H].
+        top_k: experts per token, 1 to E.
+        norm_topk_prob: True: the weights sum to 1. False: they are the probabilities of the softmax over all experts.
+        router_dtype: dtype of the linear map; None keeps the dtype of `hidden_states`. The softmax is always float32.
+        return_logits: False returns None in place of the logits.
+
+    Returns:
+        Router logits [T, E] (dtype of the linear map) or None, weights [T, K] in the dtype of `hidden_states`,
+        expert ids int64 [T, K], the most probable expert first.
+    """
+    if router_dtype is None:
+        logits_TE = F.linear(hidden_states, weight)
+    else:
+        logits_TE = F.linear(hidden_states.to(router_dtype), weight.to(router_dtype))
+    chosen_TK, index_TK = torch.topk(logits_TE, top_k, dim=-1)
+    if norm_topk_prob:
+        weights_TK = F.softmax(chosen_TK, dim=-1, dtype=torch.float32)
+    else:
+        weights_TK = torch.exp(chosen_TK.float() - torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True))
+    return logits_TE if return_logits else None, weights_TK.to(hidden_states.dtype), index_TK
+
+
+class UniMoETopKRouter(nn.Module):
+    """A linear router without bias: `weight` [E, H].
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: experts per token, 1 to E.
+        norm_topk_prob: whether the chosen weights sum to 1.
+        router_dtype: dtype of the linear map, as a name ("float32") or a `torch.dtype`; None keeps the working dtype.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        norm_topk_prob: bool = True,
+        router_dtype: str | torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must lie between 1 and num_experts={num_experts}, got {top_k}")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.norm_topk_prob = norm_topk_prob
+        self.router_dtype = resolve_router_dtype(router_dtype)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [..., H] to (router logits [T, E], weights [T, K], expert ids [T, K]): Transformers' order."""
+        return fused_topk_router(
+            hidden_states.reshape(-1, self.hidden_size),
+            self.weight,
+            self.top_k,
+            norm_topk_prob=self.norm_topk_prob,
+            router_dtype=self.router_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def resolve_router_dtype(router_dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating `torch.dtype` from its name, or None. Raises ValueError for anything else."""
+    if router_dtype is None:
+        return None
+    dtype = getattr(torch, router_dtype, None) if isinstance(router_dtype, str) else router_dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'router_dtype must be None or a floating dtype such as "float32", got {router_dtype!r}')
+    return dtype

@@ -1,0 +1,279 @@
+"""The sparse block: a router and its experts in the place of any Transformers MLP."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .experts import UniMoEExperts, init_experts_weights, make_experts
+from .router import UniMoETopKRouter
+
+SUPPORTED_MLPS = (
+    "gate_proj/up_proj/down_proj with act_fn (Llama, Mistral, Qwen2, StableLM, Gemma), "
+    "fc1/fc2 with activation_fn (CLIP, SigLIP, Phi), or nn.Sequential(Linear, activation, Linear)"
+)
+
+
+class UniMoESparseMoeBlock(nn.Module):
+    """Top-k mixture of experts, a drop-in for any Transformers MLP: [..., H] in, [..., O] out, nothing else.
+
+    Parameters: `gate.weight` [E, H]; `experts.gate_up_proj` [E, 2I, H] (ungated: `experts.up_proj` [E, I, H]),
+    `experts.down_proj` [E, O, I], and with bias `experts.gate_up_proj_bias` or `experts.up_proj_bias` and
+    `experts.down_proj_bias`. They are set to normal weights (std 0.02) and zero biases.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I.
+        num_experts: E, at least 1. One expert is allowed (with `top_k=1`): it is the dense MLP with an idle router.
+        top_k: experts per token, 1 to E.
+        hidden_act: a name known to Transformers or a parameter-free callable.
+        gated: whether the experts are gated (Llama style).
+        bias: whether the experts' linear maps have biases.
+        output_size: O, by default H.
+        norm_topk_prob: whether the chosen weights sum to 1; else they are the softmax over all experts.
+        router_dtype: dtype of the router's linear map ("float32"); None keeps the working dtype.
+        config: any object whose `_experts_implementation` names the experts implementation, usually the config of the
+            model that owns the block. None: the block carries its own, at `block.experts.config`, set to "grouped_mm".
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        output_size: int | None = None,
+        norm_topk_prob: bool = True,
+        router_dtype: str | torch.dtype | None = None,
+        config: Any | None = None,
+    ):
+        super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+            ("num_experts", num_experts),
+            ("top_k", top_k),
+            ("output_size", hidden_size if output_size is None else output_size),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.gate = UniMoETopKRouter(
+            hidden_size, num_experts, top_k, norm_topk_prob=norm_topk_prob, router_dtype=router_dtype
+        )
+        self.experts = make_experts(
+            config,
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            gated=gated,
+            bias=bias,
+            output_size=output_size,
+            hidden_act=hidden_act,
+        )
+        init_sparse_moe_weights(self.gate)
+        init_sparse_moe_weights(self.experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., H] to [..., O], in the same dtype. No tokens at all is fine."""
+        hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, index_TK = self.gate(hidden_states_TH)
+        output_TO = self.experts(hidden_states_TH, index_TK, weights_TK)
+        return output_TO.reshape(*hidden_states.shape[:-1], self.experts.output_size)
+
+    @classmethod
+    def from_dense(
+        cls,
+        mlp: nn.Module,
+        num_experts: int,
+        top_k: int,
+        *,
+        norm_topk_prob: bool = True,
+        router_dtype: str | torch.dtype | None = None,
+        config: Any | None = None,
+        copy_weights: bool = True,
+        router_init_std: float | None = None,
+    ) -> "UniMoESparseMoeBlock":
+        """Upcycles a dense MLP: every expert is an exact copy of it, and the router is new.
+
+        While `norm_topk_prob` holds and the experts are still equal, the block computes what the MLP computed. It
+        keeps the MLP's dtype, device, training mode and `requires_grad`; the new router is trainable. The MLP is left
+        as it was.
+
+        Args:
+            mlp: gate_proj/up_proj/down_proj (Llama, Mistral, Qwen2, StableLM, Gemma), fc1/fc2 (CLIP, SigLIP, Phi) or
+                nn.Sequential(Linear, activation, Linear). Input and output width may differ.
+            num_experts: E.
+            top_k: experts per token.
+            norm_topk_prob, router_dtype, config: as for the class.
+            copy_weights: False gives fresh random experts of the same shape.
+            router_init_std: standard deviation of the new router, by default `config.initializer_range`, else 0.02.
+
+        Raises:
+            TypeError: the module is none of the supported kinds, or is quantised, adapted or sparse already.
+            ValueError: an argument is out of range, or the module has dropout inside.
+        """
+        dense = DenseMlp.read(mlp)
+        std = initializer_std(config) if router_init_std is None else router_init_std
+        # Made on meta first: the experts' memory is filled once, with the copies.
+        with torch.device("meta"):
+            block = cls(
+                dense.first[0].in_features,
+                dense.first[0].out_features,
+                num_experts,
+                top_k,
+                hidden_act=copy.deepcopy(dense.act_fn),
+                gated=len(dense.first) == 2,
+                bias=dense.has_bias,
+                output_size=dense.down.out_features,
+                norm_topk_prob=norm_topk_prob,
+                router_dtype=router_dtype,
+                config=config,
+            )
+        weight = dense.down.weight
+        block = block.to(weight.dtype).to_empty(device=weight.device)
+        init_sparse_moe_weights(block.gate, std)
+        if copy_weights:
+            dense.copy_into(block.experts)
+        else:
+            init_sparse_moe_weights(block.experts, initializer_std(config))
+        block.experts.requires_grad_(weight.requires_grad)
+        block.train(mlp.training)
+        if weight.device.type != "meta":
+            # The owner's `post_init` initialises every module without this mark, which would undo the copies.
+            for module in block.modules():
+                module._is_hf_initialized = True
+        return block
+
+
+@dataclass
+class DenseMlp:
+    """The parts of a dense MLP: its first linear maps (gate and up, or one alone), its activation and its last map."""
+
+    first: list[nn.Linear]
+    down: nn.Linear
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def read(cls, mlp: nn.Module) -> "DenseMlp":
+        """Takes a module apart, or raises TypeError or ValueError (see `UniMoESparseMoeBlock.from_dense`)."""
+        name = type(mlp).__name__
+        if isinstance(mlp, UniMoESparseMoeBlock) or hasattr(mlp, "experts"):
+            raise TypeError(f"{name} is sparse already; a dense MLP is needed: {SUPPORTED_MLPS}")
+        for child in mlp.modules():
+            if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+                raise ValueError(
+                    f"{name} has dropout (p={child.p}) inside, which a sparse block would drop: set it to 0"
+                )
+        parts = {
+            key: child for key, child in mlp.named_children() if not isinstance(child, nn.modules.dropout._DropoutNd)
+        }
+        if isinstance(mlp, nn.Sequential):
+            parts = dict(zip(("fc1", "activation_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
+        linear_names = {key for key in parts if key not in ("act_fn", "activation_fn")}
+        if linear_names == {"gate_proj", "up_proj", "down_proj"}:
+            dense = cls([parts["gate_proj"], parts["up_proj"]], parts["down_proj"], getattr(mlp, "act_fn", None))
+        elif linear_names == {"fc1", "fc2"}:
+            act_fn = parts.get("activation_fn", getattr(mlp, "activation_fn", None))
+            dense = cls([parts["fc1"]], parts["fc2"], act_fn)
+        else:
+            raise TypeError(f"cannot make {name} sparse; supported are {SUPPORTED_MLPS}")
+        dense._check(name)
+        dense._check_output(mlp)
+        return dense
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        return [*self.first, self.down]
+
+    @property
+    def has_bias(self) -> bool:
+        return any(linear.bias is not None for linear in self.linears)
+
+    def _check(self, name: str) -> None:
+        for linear in self.linears:
+            # Exactly nn.Linear and plain tensors: quantised or adapted layers subclass or wrap them.
+            if type(linear) is not nn.Linear or type(linear.weight.data) is not torch.Tensor:
+                raise TypeError(
+                    f"{name} holds a {type(linear).__name__} of {type(linear.weight.data).__name__} where a plain "
+                    "nn.Linear is needed: make a model sparse before it is quantised, adapted (LoRA) or sharded"
+                )
+            if not linear.weight.is_floating_point():
+                raise TypeError(
+                    f"{name} is quantised ({linear.weight.dtype}); make a model sparse before quantising it"
+                )
+            if linear.weight.is_meta and hasattr(linear, "_hf_hook"):
+                raise ValueError(
+                    f"{name} is offloaded, so its weights are not at hand: load the model without offloading"
+                )
+        if not callable(self.act_fn) or (isinstance(self.act_fn, nn.Module) and any(self.act_fn.parameters())):
+            raise TypeError(f"{name} has no parameter-free activation; supported are {SUPPORTED_MLPS}")
+        shapes = {tuple(linear.weight.shape) for linear in self.first}
+        if len(shapes) != 1 or self.first[0].out_features != self.down.in_features:
+            raise TypeError(
+                f"{name}: the widths of its linear maps do not fit together; supported are {SUPPORTED_MLPS}"
+            )
+
+    @torch.no_grad()
+    def _check_output(self, mlp: nn.Module) -> None:
+        """A module may have the usual parts and yet compute something else with them; two tokens tell."""
+        weight = self.down.weight
+        if weight.is_meta:
+            return
+        features = self.first[0].in_features
+        probe = (
+            torch.linspace(-2, 2, 2 * features, device=weight.device).cos().reshape(1, 2, features).to(weight.dtype)
+        )
+        hidden = self.act_fn(self.first[0](probe))
+        if len(self.first) == 2:
+            hidden = hidden * self.first[1](probe)
+        if not torch.allclose(mlp(probe), self.down(hidden), rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise TypeError(
+                f"{type(mlp).__name__} computes more than its linear maps and activation; supported are "
+                f"{SUPPORTED_MLPS}"
+            )
+
+    @torch.no_grad()
+    def copy_into(self, experts: UniMoEExperts) -> None:
+        """Fills every expert with this MLP. A missing bias beside a present one becomes zeros."""
+        first = "gate_up_proj" if experts.has_gate else "up_proj"
+        getattr(experts, first).copy_(torch.cat([linear.weight for linear in self.first]))
+        experts.down_proj.copy_(self.down.weight)
+        if experts.has_bias:
+            getattr(experts, f"{first}_bias").copy_(torch.cat([_bias(linear) for linear in self.first]))
+            experts.down_proj_bias.copy_(_bias(self.down))
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+
+
+def initializer_std(config: Any | None) -> float:
+    """A model's standard deviation for new weights, 0.02 where its config has none."""
+    return getattr(config, "initializer_range", None) or 0.02
+
+
+def init_sparse_moe_weights(module: nn.Module, std: float = 0.02) -> bool:
+    """Initialises a router or experts (normal weights, zero biases); for use in a model's `_init_weights`.
+
+    Returns:
+        True where `module` was one of them; False, with nothing done, for any other module (a block's parts are
+        modules of their own).
+    """
+    if isinstance(module, UniMoETopKRouter):
+        init.normal_(module.weight, mean=0.0, std=std)
+        return True
+    if isinstance(module, UniMoEExperts):
+        init_experts_weights(module, std)
+        return True
+    return False

@@ -1,0 +1,327 @@
+"""Making any Transformers model sparse in place, such that it stays a Transformers model.
+
+Transformers asks a model's class, not its modules, which experts implementation may be set, which outputs are
+recorded and how new weights are initialised. So the model, and every model inside it down to the one that owns the
+layers, gets a subclass of its own class that answers for the sparse blocks too.
+"""
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,
+    OutputRecorder,
+    install_output_capuring_hook,
+)
+
+from .router import UniMoETopKRouter, resolve_router_dtype
+from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
+
+CONFIG_KEY = "unimoe_sparsity"
+
+
+def sparsify(
+    model: PreTrainedModel,
+    layers: str | Sequence[int] = "all",
+    num_experts: int | Sequence[int] = 4,
+    top_k: int = 2,
+    *,
+    norm_topk_prob: bool = True,
+    router_dtype: str | torch.dtype | None = None,
+    copy_weights: bool = True,
+) -> PreTrainedModel:
+    """Swaps the FFNs of a Transformers model for sparse blocks, in place; nothing is changed unless all of it can be.
+
+    `model` is a stack of layers with an `mlp` each (LlamaModel, CLIPVisionModel, ...) or a model around exactly one
+    such stack (LlamaForCausalLM). Its parameters are then named `...layers.N.mlp.gate.weight`,
+    `...mlp.experts.gate_up_proj` and so on (see `UniMoESparseMoeBlock`). Afterwards
+    - `model.set_experts_implementation(...)` and `config._experts_implementation` work, "grouped_mm" being the default
+      as everywhere in Transformers (a choice other than "eager" made before stays);
+    - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer;
+    - `isinstance`, `generate`, gradient checkpointing, adapters, expert parallelism and `save_pretrained` work as
+      before. What was saved is read back by `load_sparsified`.
+
+    Args:
+        model: the dense model. For one with several stacks (CLIPModel, Llava), pass the part that is meant.
+        layers: "all", "even" (0, 2, ...), "odd", "first_half", "second_half", or layer numbers.
+        num_experts: E, one number or one per chosen layer.
+        top_k: experts per token.
+        norm_topk_prob: whether the chosen weights sum to 1.
+        router_dtype: dtype of the routers' linear maps; None keeps the model's.
+        copy_weights: True upcycles: each expert is a copy of its layer's FFN, so the outputs stay what they were (with
+            `norm_topk_prob`). False gives fresh random experts.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is no Transformers model, or a chosen FFN is of an unknown kind, quantised or sparse.
+        ValueError: `layers`, `num_experts` or `top_k` do not fit the model, it has no such layers, or several stacks.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise TypeError(f"{type(model).__name__} is quantised; make it sparse before quantising it")
+    stack_name = _find_layers(model)
+    stack = model.get_submodule(stack_name)
+    indices = resolve_layers(layers, len(stack))
+    counts = [num_experts] * len(indices) if isinstance(num_experts, int) else list(num_experts)
+    if len(counts) != len(indices):
+        raise ValueError(f"num_experts has {len(counts)} entries for {len(indices)} chosen layers {indices}")
+    for count in counts:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"num_experts must be a positive integer or one per chosen layer, got {num_experts!r}")
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= count:
+            raise ValueError(f"top_k must lie between 1 and num_experts={count}, got {top_k!r}")
+    resolve_router_dtype(router_dtype)
+    for index in indices:
+        try:
+            DenseMlp.read(stack[index].mlp)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {index} of {type(model).__name__}: {error}") from None
+
+    chain = _chain(model, stack_name)
+    owner = chain[-1][1]
+    for index, count in zip(indices, counts):
+        # One layer at a time, so that dense and sparse weights of the whole model never lie side by side.
+        stack[index].mlp = UniMoESparseMoeBlock.from_dense(
+            stack[index].mlp,
+            count,
+            top_k,
+            norm_topk_prob=norm_topk_prob,
+            router_dtype=router_dtype,
+            copy_weights=copy_weights,
+            config=owner.config,
+        )
+    if getattr(owner, "_output_capturing_hooks_installed", False):
+        # Transformers installs its hooks once, at the first request; these routers came after it.
+        for index in indices:
+            install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
+    arguments = {
+        "layers": indices,
+        "num_experts": num_experts if isinstance(num_experts, int) else counts,
+        "top_k": top_k,
+        "norm_topk_prob": norm_topk_prob,
+        "router_dtype": None if router_dtype is None else str(router_dtype).removeprefix("torch."),
+    }
+    for prefix, part in chain:
+        _become_sparse(part, records=part is owner)
+        part._sparsity = arguments
+        _extend_parallel_plans(part, stack_name.removeprefix(prefix).lstrip("."), stack[indices[0]].mlp)
+    # The dense class could only ever be "eager", so that is taken for no choice at all.
+    chosen = owner.config._experts_implementation
+    owner.config._experts_implementation_internal = owner.get_correct_experts_implementation(
+        None if chosen == "eager" else chosen
+    )
+    return model
+
+
+def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
+    """Loads what a sparsified stock model's `save_pretrained` wrote: `load_sparsified("my-moe", dtype="bfloat16")`.
+
+    `config.json` names the stock class (`architectures`) and the arguments of `sparsify` (`unimoe_sparsity`); the
+    stock class alone would ignore the latter and build a dense model.
+
+    Args:
+        folder: a local folder or a hub name.
+        kwargs: as for `from_pretrained`.
+
+    Returns:
+        The sparse model, an instance of the stock class.
+
+    Raises:
+        ValueError: the checkpoint was not written by a sparsified stock model.
+    """
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
+    name = (getattr(config, "architectures", None) or [None])[0]
+    stock_class = getattr(transformers, name or "", None)
+    if stock_class is None or getattr(config, CONFIG_KEY, None) is None:
+        raise ValueError(
+            f"{folder} holds no sparsified Transformers model (architectures {name}, {CONFIG_KEY} "
+            f"{getattr(config, CONFIG_KEY, None)}); load it with the class that saved it"
+        )
+    return sparse_class(stock_class, records=False).from_pretrained(folder, config=config, **kwargs)
+
+
+def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """Layer numbers from a rule or a list; ValueError for an unknown rule or numbers that do not fit the model."""
+    rules = {
+        "all": range(num_layers),
+        "even": range(0, num_layers, 2),
+        "odd": range(1, num_layers, 2),
+        "first_half": range(num_layers // 2),
+        "second_half": range(num_layers // 2, num_layers),
+    }
+    if isinstance(layers, str):
+        if layers not in rules:
+            raise ValueError(f"layers must be one of {', '.join(rules)} or a list of layer numbers, got {layers!r}")
+        chosen = list(rules[layers])
+    else:
+        chosen = list(layers)
+        for index in chosen:
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
+                raise ValueError(f"layers holds {index!r}; the model has layers 0 to {num_layers - 1}")
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"layers holds a number twice: {chosen}")
+    if not chosen:
+        raise ValueError(f"layers={layers!r} chooses none of the model's {num_layers} layers")
+    return chosen
+
+
+def _find_layers(model: PreTrainedModel) -> str:
+    """The name of the one list of layers with an `mlp` each."""
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in module)
+    ]
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers with an `mlp` each, so nothing can be made sparse"
+        )
+    if len(stacks) > 1:
+        parts = ", ".join(f"{_chain(model, name)[-1][0] or name} ({name})" for name in stacks)
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of layers; pass the submodel that is meant: {parts}"
+        )
+    return stacks[0]
+
+
+def _chain(model: PreTrainedModel, stack_name: str) -> list[tuple[str, PreTrainedModel]]:
+    """The models from the root down to the one that owns the layers, each with its name."""
+    path = stack_name.split(".")
+    prefixes = [".".join(path[:depth]) for depth in range(len(path))]
+    parts = [(prefix, model.get_submodule(prefix)) for prefix in prefixes]
+    return [(prefix, part) for prefix, part in parts if isinstance(part, PreTrainedModel)]
+
+
+def _become_sparse(model: PreTrainedModel, records: bool) -> None:
+    model.__class__ = sparse_class(getattr(type(model), "_stock_class", type(model)), records)
+    if records:
+        _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def _extend_parallel_plans(model: PreTrainedModel, stack_name: str, block: UniMoESparseMoeBlock) -> None:
+    """Lets expert and tensor parallelism shard the experts as they do Mixtral's."""
+    experts = f"{stack_name}.*.mlp.experts"
+    names = [name for name, _ in block.experts.named_parameters(recurse=False)]
+    model._ep_plan = {
+        **(model._ep_plan or {}),
+        **{f"{experts}.{name}": "grouped_gemm" for name in names},
+        experts: "ep_dispatch_experts",
+    }
+    if model._tp_plan and block.experts.has_gate and not block.experts.has_bias:
+        model._tp_plan = {
+            **model._tp_plan,
+            f"{experts}.gate_up_proj": "packed_colwise",
+            f"{experts}.down_proj": "rowwise",
+            experts: "moe_tp_experts",
+        }
+
+
+class SparseModelMixin:
+    """What a stock model class needs to know about the sparse blocks inside it; see `sparse_class`."""
+
+    _stock_class: type[PreTrainedModel]
+
+    def __init__(self, config, *args, **kwargs):
+        arguments = getattr(config, CONFIG_KEY, None)
+        if arguments is None:
+            raise ValueError(
+                f"the config of {type(self).__name__} has no {CONFIG_KEY}, so nothing says which layers are sparse; "
+                "build the stock model and call sparsify on it"
+            )
+        requested = config._experts_implementation
+        # The stock classes inside, still dense, would refuse any other.
+        config._experts_implementation_internal = "eager"
+        super().__init__(config, *args, **kwargs)
+        sparsify(self, **arguments, copy_weights=False)
+        self.set_experts_implementation(requested)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for the experts' decorator in the source of the stock class, where it cannot be.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if not init_sparse_moe_weights(module, initializer_std(self.config)):
+            super()._init_weights(module)
+
+    def save_pretrained(self, *args, **kwargs):
+        setattr(self.config, CONFIG_KEY, self._sparsity)
+        return super().save_pretrained(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so pickle cannot find it by name; copies and processes rebuild it.
+        return _rebuild, (self._stock_class, type(self)._records_router_logits), self.__getstate__()
+
+
+def _rebuild(stock_class: type[PreTrainedModel], records: bool) -> PreTrainedModel:
+    model = stock_class.__new__(stock_class)
+    _become_sparse(model, records)
+    return model
+
+
+@functools.cache
+def sparse_class(stock_class: type[PreTrainedModel], records: bool) -> type[PreTrainedModel]:
+    """The subclass of `stock_class` for models that hold sparse blocks.
+
+    Args:
+        stock_class: a Transformers model class.
+        records: whether it owns the layers, and so records their router logits; else it hands them up from the model
+            inside that does.
+    """
+    body = {
+        # The name is saved as the checkpoint's architecture. Module and name pick the conversions of checkpoints.
+        "__module__": stock_class.__module__,
+        # Transformers keys what it records by this name, so it must differ from the stock class's.
+        "__qualname__": f"Sparse{stock_class.__qualname__}",
+        "__doc__": stock_class.__doc__,
+        "_stock_class": stock_class,
+        "_records_router_logits": records,
+    }
+    if records:
+        body["_can_record_outputs"] = {
+            **(stock_class._can_record_outputs or {}),
+            "router_logits": OutputRecorder(UniMoETopKRouter, index=0),
+        }
+    else:
+        body["forward"] = _hand_up_router_logits(stock_class.forward)
+    return type(stock_class.__name__, (SparseModelMixin, stock_class), body)
+
+
+def _hand_up_router_logits(stock_forward):
+    """A forward whose output has the `router_logits` that the inner model returned and the stock head left out."""
+
+    @functools.wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        wanted = kwargs.get("output_router_logits")
+        if not (getattr(self.config, "output_router_logits", False) if wanted is None else wanted):
+            return stock_forward(self, *args, **kwargs)
+        recorder = next(module for module in self.modules() if getattr(module, "_records_router_logits", False))
+        thread = threading.get_ident()
+        seen = []
+
+        def keep(module, inputs, output):
+            if threading.get_ident() == thread:
+                seen.append(output["router_logits"])
+
+        handle = recorder.register_forward_hook(keep)
+        try:
+            output = stock_forward(self, *args, **kwargs)
+        finally:
+            handle.remove()
+        if isinstance(output, tuple):
+            return *output, seen[-1]
+        output["router_logits"] = seen[-1]
+        return output
+
+    return forward
