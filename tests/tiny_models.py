@@ -117,8 +117,8 @@ def tiny_inputs(
 ) -> dict[str, torch.Tensor]:
     """Model inputs in which every row holds one item of each of `modalities` (default: all that the model takes).
 
-    A row is `num_text_tokens` random ids, then for each modality its placeholders and as many random ids again; nothing
-    is padding.
+    A row is `num_text_tokens` random ids, then for each modality its placeholders and as many random ids again, and
+    holds no padding.
     """
     modalities = config.input_modalities if modalities is None else modalities
     generator = torch.Generator().manual_seed(seed)
