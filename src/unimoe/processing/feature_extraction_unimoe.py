@@ -1,0 +1,333 @@
+"""Waveforms to BEATs filterbanks (sound tower) and Whisper log-mels (speech tower), one feature extractor for both."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, WhisperFeatureExtractor
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.utils import TensorType, logging
+
+logger = logging.get_logger(__name__)
+
+# Kaldi's filterbank as the BEATs checkpoints were trained with it: 25 ms windows every 10 ms.
+WINDOW_SECONDS = 0.025
+STEP_SECONDS = 0.010
+PREEMPHASIS = 0.97
+LOWEST_HZ = 20.0
+# Kaldi works on 16-bit sample values.
+KALDI_SCALE = 32768.0
+
+
+@lru_cache(maxsize=8)
+def _povey_window(length: int) -> torch.Tensor:
+    """Kaldi's default window, a symmetric Hann window to the power 0.85. float32 [length]."""
+    return torch.hann_window(length, periodic=False, dtype=torch.float32).pow(0.85)
+
+
+@lru_cache(maxsize=8)
+def _kaldi_mel_filters(num_mel_bins: int, fft_length: int, sampling_rate: int) -> torch.Tensor:
+    """Triangles straight in mel (1127 ln(1 + f/700)) from 20 Hz to half the rate. float32 [fft/2 + 1, mel bins]."""
+
+    def to_mel(hertz: torch.Tensor) -> torch.Tensor:
+        return 1127.0 * torch.log1p(hertz / 700.0)
+
+    ends = to_mel(torch.tensor([LOWEST_HZ, sampling_rate / 2], dtype=torch.float64))
+    edges = torch.linspace(float(ends[0]), float(ends[1]), num_mel_bins + 2, dtype=torch.float64)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    bins = to_mel(torch.arange(fft_length // 2 + 1, dtype=torch.float64) * sampling_rate / fft_length)[:, None]
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    filters = torch.minimum(rising, falling).clamp(min=0)
+    # Kaldi leaves the bin at half the sampling rate out.
+    filters[-1] = 0
+    return filters.float()
+
+
+def kaldi_filterbank(waveform: torch.Tensor, num_mel_bins: int, sampling_rate: int) -> torch.Tensor:
+    """Kaldi's log mel filterbank with its default options and no dither.
+
+    Args:
+        waveform: float32 [samples] in -1..1, at least one 25 ms window long.
+        num_mel_bins: triangles between 20 Hz and half the sampling rate.
+        sampling_rate: in Hz.
+
+    Returns:
+        float32 [frames, num_mel_bins] with frames = 1 + (samples - window) // step; only whole windows count.
+    """
+    window_length, step = round(WINDOW_SECONDS * sampling_rate), round(STEP_SECONDS * sampling_rate)
+    fft_length = 1 << (window_length - 1).bit_length()
+    frames = (waveform * KALDI_SCALE).unfold(0, window_length, step)
+    frames = frames - frames.mean(dim=1, keepdim=True)
+    previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    frames = (frames - PREEMPHASIS * previous) * _povey_window(window_length)
+    power = torch.fft.rfft(frames, n=fft_length).abs().square()
+    mel = power @ _kaldi_mel_filters(num_mel_bins, fft_length, sampling_rate)
+    return mel.clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+@lru_cache(maxsize=8)
+def _whisper_feature_extractor(
+    feature_size: int, sampling_rate: int, n_fft: int, hop_length: int
+) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(
+        feature_size=feature_size, sampling_rate=sampling_rate, n_fft=n_fft, hop_length=hop_length
+    )
+
+
+class UniMoEFeatureExtractor(SequenceFeatureExtractor):
+    """Cuts sounds into chunks and turns each chunk into what one of the two sound towers reads.
+
+    The sound tower (BEATs) reads Kaldi filterbanks, the speech tower (Whisper) reads log-mels; a long sound gives
+    several chunks, which stay consecutive in the batch.
+
+    Args:
+        sampling_rate: samples a second of the waveforms, in Hz.
+        audio_chunk_samples: samples in one chunk for the sound tower (30 s); a shorter rest is filled up by repeating
+            its last sample, as in the original.
+        audio_max_chunks: chunks kept of one sound (the original drops what comes after 20, ten minutes); None: all.
+        num_mel_bins: filterbank channels.
+        audio_mean, audio_std: the filterbank becomes `(x - audio_mean) / (2 * audio_std)`.
+        speech_chunk_samples: samples in one chunk for the speech tower (30 s), a multiple of `hop_length`; a shorter
+            rest is filled up with zeros.
+        speech_chunk_stride: distance between the starts of two speech chunks. The original takes chunks of 480001
+            samples and reads 480000 of them, so it loses one sample at every boundary; the default does the same,
+            `speech_chunk_stride == speech_chunk_samples` loses none.
+        speech_max_chunks: chunks kept of one speech recording; None keeps all, as the original does.
+        speech_feature_size, n_fft, hop_length: mel channels, window and step (in samples) of the log-mel.
+
+    Raises:
+        ValueError: a value out of range; the message names the argument.
+    """
+
+    model_input_names = ["input_values", "input_values_mask", "input_features"]
+
+    def __init__(
+        self,
+        sampling_rate: int = 16000,
+        audio_chunk_samples: int = 480000,
+        audio_max_chunks: int | None = 20,
+        num_mel_bins: int = 128,
+        audio_mean: float = 15.41663,
+        audio_std: float = 6.55582,
+        speech_chunk_samples: int = 480000,
+        speech_chunk_stride: int = 480001,
+        speech_max_chunks: int | None = None,
+        speech_feature_size: int = 80,
+        n_fft: int = 400,
+        hop_length: int = 160,
+        padding_value: float = 0.0,
+        **kwargs: Any,
+    ):
+        # Saved by the base class beside num_mel_bins, which it repeats.
+        kwargs.pop("feature_size", None)
+        super().__init__(feature_size=num_mel_bins, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        self.audio_chunk_samples = audio_chunk_samples
+        self.audio_max_chunks = audio_max_chunks
+        self.num_mel_bins = num_mel_bins
+        self.audio_mean = audio_mean
+        self.audio_std = audio_std
+        self.speech_chunk_samples = speech_chunk_samples
+        self.speech_chunk_stride = speech_chunk_stride
+        self.speech_max_chunks = speech_max_chunks
+        self.speech_feature_size = speech_feature_size
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self._validate()
+
+    def _validate(self) -> None:
+        whole = "sampling_rate audio_chunk_samples num_mel_bins speech_chunk_samples speech_chunk_stride "
+        for argument in (whole + "speech_feature_size n_fft hop_length audio_max_chunks speech_max_chunks").split():
+            value = getattr(self, argument)
+            if value is None and argument.endswith("_max_chunks"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                or_none = " or None" if argument.endswith("_max_chunks") else ""
+                raise ValueError(f"`{argument}` must be a whole number of at least 1{or_none}, got {value!r}.")
+        for argument in ("audio_mean", "audio_std"):
+            value = getattr(self, argument)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"`{argument}` must be a finite number, got {value!r}.")
+        if self.audio_std <= 0:
+            raise ValueError(f"`audio_std` must be above 0, got {self.audio_std}.")
+        if self.sampling_rate < 1000:
+            raise ValueError(f"`sampling_rate` is in Hz and must be at least 1000, got {self.sampling_rate}.")
+        window_length = round(WINDOW_SECONDS * self.sampling_rate)
+        if self.audio_chunk_samples < window_length:
+            raise ValueError(
+                f"`audio_chunk_samples` must hold at least one window of {window_length} samples, "
+                f"got {self.audio_chunk_samples}."
+            )
+        if self.speech_chunk_samples % self.hop_length:
+            raise ValueError(
+                f"`speech_chunk_samples` must be a multiple of `hop_length` ({self.hop_length}), "
+                f"got {self.speech_chunk_samples}."
+            )
+        if self.speech_chunk_samples <= self.n_fft // 2:
+            raise ValueError(
+                f"`speech_chunk_samples` must be above half of `n_fft` ({self.n_fft}), "
+                f"got {self.speech_chunk_samples}."
+            )
+        if self.speech_chunk_stride < self.speech_chunk_samples:
+            raise ValueError(
+                f"`speech_chunk_stride` ({self.speech_chunk_stride}) must not be below `speech_chunk_samples` "
+                f"({self.speech_chunk_samples}): chunks do not overlap."
+            )
+
+    @property
+    def audio_num_frames(self) -> int:
+        """Filterbank frames of one chunk (2998 for 30 s): only whole windows count."""
+        window_length, step = round(WINDOW_SECONDS * self.sampling_rate), round(STEP_SECONDS * self.sampling_rate)
+        return 1 + (self.audio_chunk_samples - window_length) // step
+
+    @property
+    def speech_num_frames(self) -> int:
+        """Log-mel frames of one chunk (3000 for 30 s)."""
+        return self.speech_chunk_samples // self.hop_length
+
+    def extract_audio(self, waveforms: Sequence[Any]) -> dict[str, Any]:
+        """BEATs filterbanks, section by section as the original makes them.
+
+        Args:
+            waveforms: mono sounds, each [samples] in -1..1 at `sampling_rate`.
+
+        Returns:
+            input_values: float32 [chunks of all sounds, frames, num_mel_bins], normalised.
+            input_values_mask: int64 [chunks of all sounds, frames], 1 where any of the 10 ms of samples that start
+                with the frame is real, 0 where all are padding.
+            num_chunks: how many consecutive chunks each sound has.
+
+        Raises:
+            ValueError: a sound is not one-dimensional, has no samples, or has NaN or infinite ones.
+        """
+        frames, step = self.audio_num_frames, round(STEP_SECONDS * self.sampling_rate)
+        frame_starts = np.arange(frames) * step
+        values, masks, num_chunks = [], [], []
+        for index, waveform in enumerate(waveforms):
+            samples = _as_mono(waveform, f"audio[{index}]")
+            chunks = self._split(
+                samples, self.audio_chunk_samples, self.audio_chunk_samples, self.audio_max_chunks, f"audio[{index}]"
+            )
+            for chunk in chunks:
+                padded = np.pad(chunk, (0, self.audio_chunk_samples - len(chunk)), mode="edge")
+                filterbank = kaldi_filterbank(torch.from_numpy(padded), self.num_mel_bins, self.sampling_rate)
+                values.append(((filterbank - self.audio_mean) / (2 * self.audio_std)).numpy())
+                masks.append((frame_starts < len(chunk)).astype(np.int64))
+            num_chunks.append(len(chunks))
+        return {
+            "input_values": np.stack(values) if values else np.zeros((0, frames, self.num_mel_bins), np.float32),
+            "input_values_mask": np.stack(masks) if masks else np.zeros((0, frames), np.int64),
+            "num_chunks": num_chunks,
+        }
+
+    def extract_speech(self, waveforms: Sequence[Any]) -> dict[str, Any]:
+        """Whisper log-mels: every chunk alone through Transformers' own `WhisperFeatureExtractor`.
+
+        Args:
+            waveforms: mono recordings, each [samples] in -1..1 at `sampling_rate`.
+
+        Returns:
+            input_features: float32 [chunks of all recordings, speech_feature_size, frames].
+            num_chunks: how many consecutive chunks each recording has.
+
+        Raises:
+            ValueError: a recording is not one-dimensional, has no samples, or has NaN or infinite ones.
+        """
+        extractor = _whisper_feature_extractor(
+            self.speech_feature_size, self.sampling_rate, self.n_fft, self.hop_length
+        )
+        features, num_chunks = [], []
+        for index, waveform in enumerate(waveforms):
+            name = f"speech[{index}]"
+            samples = _as_mono(waveform, name)
+            chunks = self._split(
+                samples, self.speech_chunk_samples, self.speech_chunk_stride, self.speech_max_chunks, name
+            )
+            for chunk in chunks:
+                batch = extractor(
+                    chunk,
+                    sampling_rate=self.sampling_rate,
+                    max_length=self.speech_chunk_samples,
+                    return_attention_mask=False,
+                    return_tensors="np",
+                )
+                features.append(batch["input_features"][0])
+            num_chunks.append(len(chunks))
+        empty = np.zeros((0, self.speech_feature_size, self.speech_num_frames), np.float32)
+        return {"input_features": np.stack(features) if features else empty, "num_chunks": num_chunks}
+
+    def _split(
+        self, samples: np.ndarray, length: int, stride: int, max_chunks: int | None, name: str
+    ) -> list[np.ndarray]:
+        # A rest that fits into one stride is one chunk, so a recording of exactly `stride` samples is not split.
+        count = max(1, math.ceil(len(samples) / stride))
+        if max_chunks is not None and count > max_chunks:
+            logger.warning(
+                f"{name} lasts {len(samples) / self.sampling_rate:.1f} s; only its first "
+                f"{max_chunks * stride / self.sampling_rate:.1f} s ({max_chunks} chunks) are used."
+            )
+            count = max_chunks
+        return [samples[i * stride : i * stride + length] for i in range(count)]
+
+    def __call__(
+        self,
+        audio: Any = None,
+        speech: Any = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """Features of sounds, of speech recordings, or of both.
+
+        Args:
+            audio: one mono sound [samples] or a list of them, for the sound tower.
+            speech: the same for the speech tower.
+            sampling_rate: of all of them, in Hz; must be the extractor's own.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            `input_values` and `input_values_mask` if audio is given, `input_features` if speech is given, shaped as
+            in `extract_audio` and `extract_speech` (which also tell how many chunks each item has).
+
+        Raises:
+            ValueError: neither is given, another sampling rate, or a bad waveform.
+        """
+        if audio is None and speech is None:
+            raise ValueError("Neither `audio` nor `speech` is given; pass at least one waveform.")
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"`sampling_rate` is {sampling_rate} Hz, but the features are made from {self.sampling_rate} Hz; "
+                "resample the waveforms first."
+            )
+        data: dict[str, np.ndarray] = {}
+        if audio is not None:
+            features = self.extract_audio(_as_list(audio))
+            data.update({key: features[key] for key in ("input_values", "input_values_mask")})
+        if speech is not None:
+            data["input_features"] = self.extract_speech(_as_list(speech))["input_features"]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def _as_list(waveforms: Any) -> list[Any]:
+    """One waveform (array, tensor, or list of numbers) or several, as several."""
+    if isinstance(waveforms, (list, tuple)):
+        return [waveforms] if waveforms and np.isscalar(waveforms[0]) else list(waveforms)
+    return [waveforms] if waveforms.ndim == 1 else list(waveforms)
+
+
+def _as_mono(waveform: Any, name: str) -> np.ndarray:
+    """float32 [samples], checked."""
+    if isinstance(waveform, torch.Tensor):
+        waveform = waveform.detach().cpu().float().numpy()
+    samples = np.ascontiguousarray(waveform, dtype=np.float32)
+    if np.ndim(waveform) != 1:
+        raise ValueError(f"{name} must be mono with shape [samples], got shape {list(np.shape(waveform))}.")
+    if not len(samples):
+        raise ValueError(f"{name} has no samples; pass a sound of at least one sample.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{name} has NaN or infinite samples; pass finite values in -1..1.")
+    return samples
+
+
+__all__ = ["UniMoEFeatureExtractor"]

@@ -1,0 +1,184 @@
+"""Evenly spaced frames of a video file, read by seeking instead of decoding everything."""
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+from PIL import Image
+
+from .media_source import MediaError, check_complete, label, one_line
+
+# FFmpeg also opens play lists, which may name other files and addresses; only self-contained formats are let in.
+SAFE_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,ogg,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,nut,ivf,mjpeg,"
+    "wav,w64,flac,mp3,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,dts"
+)
+# Formats without an index: there a seek lands anywhere, or reads everything.
+UNSEEKABLE_FORMATS = ("gif", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "ivf")
+
+
+def open_container(source: Path | bytes, name: str) -> av.container.InputContainer:
+    """Opens a sound or video file for demuxing.
+
+    Raises:
+        MediaError: the file is cut short or is no sound or video file.
+    """
+    check_complete(source, name)
+    # An absolute path, so that a file called "concat:..." is not taken for a protocol.
+    file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+    try:
+        return av.open(file, options={"format_whitelist": SAFE_FORMATS})
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(
+            f"{label(name, source)}: not a readable sound or video file ({one_line(error)}); "
+            "pass a whole file in a usual format, such as mp4, webm, gif, avi, wav, flac or mp3."
+        ) from None
+
+
+def read_frames(source: Path | bytes, num_frames: int, name: str) -> tuple[list[Image.Image], int]:
+    """The frames shown at the times i * (total // num_frames) / fps, as the original system chooses them.
+
+    A file with fewer than `num_frames` frames gives all it has.
+
+    Returns:
+        The frames as RGB images, upright, and how many frames had to be decoded to get them.
+
+    Raises:
+        MediaError: no video stream, a damaged or cut file, no frame that can be decoded.
+    """
+    with open_container(source, name) as container:
+        if not container.streams.video:
+            raise MediaError(
+                f"{label(name, source)}: the file has no video stream; pass a video, or pass it as sound."
+            )
+        reader = _FrameReader(container)
+        try:
+            frames = reader.read(num_frames)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{label(name, source)}: the video is damaged or truncated ({one_line(error)}); pass a whole file."
+            ) from None
+    if not frames:
+        raise MediaError(f"{label(name, source)}: no frame can be decoded; pass a whole, playable video file.")
+    return frames, reader.num_decoded
+
+
+class _FrameReader:
+    """Picks frames out of the first video stream of an open container. Times are in the stream's own ticks."""
+
+    def __init__(self, container: av.container.InputContainer):
+        self.container = container
+        self.stream = container.streams.video[0]
+        self.num_decoded = 0
+
+    def read(self, num_frames: int) -> list[Image.Image]:
+        fps = self.stream.average_rate or self.stream.guessed_rate
+        seekable = self.container.format.name not in UNSEEKABLE_FORMATS
+        total = int(self._duration() * fps) if seekable and fps and self.stream.time_base else 0
+        if total < num_frames:
+            # Hardly any frames, or no duration: count them.
+            return self._read_all(num_frames)
+        ticks_per_frame = 1 / (fps * self.stream.time_base)
+        limits = _limits(self.stream.start_time or 0, ticks_per_frame, total, num_frames)
+        frames = self._read_by_seeking(limits, ticks_per_frame)
+        return frames or self._read_all(num_frames)
+
+    def _duration(self) -> Fraction:
+        """In seconds; 0 where the file does not tell."""
+        if self.stream.duration and self.stream.time_base:
+            return self.stream.duration * self.stream.time_base
+        return Fraction(self.container.duration or 0, av.time_base)
+
+    def _read_by_seeking(self, limits: list[Fraction], ticks_per_frame: Fraction) -> list[Image.Image]:
+        """Nothing where the file cannot be read this way."""
+        try:
+            keyframes = [self._keyframe_before(limit) for limit in limits]
+        except av.FFmpegError:
+            return []
+        return [] if None in keyframes else self._pick(limits, keyframes, ticks_per_frame)
+
+    def _keyframe_before(self, limit: Fraction) -> int | None:
+        """Time of the key frame to decode from in order to show what is on at `limit`. Demuxes a packet or two."""
+        start, back = self.stream.start_time or 0, 0
+        while True:
+            target = max(int(limit) - back, start)
+            self.container.seek(target, stream=self.stream)
+            packet = next((packet for packet in self.container.demux(self.stream) if packet.size), None)
+            if packet is None or packet.pts is None:
+                return None
+            if packet.pts <= limit:
+                return packet.pts
+            # Formats indexed by decoding time may land behind what is shown.
+            if target == start:
+                return None
+            back = 2 * back or int(1 / self.stream.time_base)
+
+    def _read_all(self, num_frames: int) -> list[Image.Image]:
+        """One pass through the packets to count them, one through the frames."""
+        self._rewind()
+        times = [packet.pts for packet in self.container.demux(self.stream) if packet.size]
+        total = len(times)
+        self._rewind()
+        if total <= num_frames:
+            return [_upright(frame) for frame in islice(self._decode(), num_frames)]
+        timed = None not in times
+        times = sorted(times) if timed else range(total)
+        # The mean rate: GIF frames last unequally long.
+        ticks_per_frame = Fraction(times[-1] - times[0], total - 1)
+        limits = _limits(times[0], ticks_per_frame, total, num_frames)
+        return self._pick(limits, [times[0]] * num_frames, ticks_per_frame, timed)
+
+    def _pick(
+        self, limits: list[Fraction], keyframes: list[int], ticks_per_frame: Fraction, timed: bool = True
+    ) -> list[Image.Image]:
+        """For every limit, in rising order, the last frame that does not begin after it; nothing where one is missing.
+
+        `shown` is that frame; `ahead` is one decoded beyond it.
+        """
+        images: list[Image.Image] = []
+        frames: Iterator[av.VideoFrame] = iter(())
+        shown = ahead = None
+        for limit, keyframe in zip(limits, keyframes):
+            # Seek only where it skips something.
+            if shown is None or keyframe > (ahead or shown).pts:
+                self.container.seek(keyframe if timed else 0, stream=self.stream)
+                frames, shown, ahead = self._decode(timed), None, None
+            while ahead is None or ahead.pts <= limit:
+                if ahead is not None:
+                    shown, ahead = ahead, None
+                # A frame whose own time is wanted needs no look at the next one.
+                if shown is not None and limit - shown.pts < ticks_per_frame / 2:
+                    break
+                ahead = next(frames, None)
+                if ahead is None:
+                    break
+            if shown is None:
+                return []
+            images.append(_upright(shown))
+        return images
+
+    def _decode(self, timed: bool = True) -> Iterator[av.VideoFrame]:
+        for index, frame in enumerate(self.container.decode(self.stream)):
+            self.num_decoded += 1
+            if not timed:
+                frame.pts = index
+            if frame.pts is not None:
+                yield frame
+
+    def _rewind(self) -> None:
+        self.container.seek(self.stream.start_time or 0, stream=self.stream)
+
+
+def _limits(start: int, ticks_per_frame: Fraction, total: int, num_frames: int) -> list[Fraction]:
+    # A quarter of a frame of slack: containers round time stamps, to a millisecond in WebM.
+    return [start + (i * (total // num_frames) + Fraction(1, 4)) * ticks_per_frame for i in range(num_frames)]
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    image = frame.to_image()
+    # The display matrix that phones write; the angle is counter-clockwise, like Pillow's.
+    rotation = getattr(frame, "rotation", 0) % 360
+    return image.rotate(rotation, expand=True) if rotation else image
