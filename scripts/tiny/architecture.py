@@ -1,0 +1,124 @@
+"""The tiny checkpoint's shape (four towers; four experts, top-2, in every other decoder layer) and its processor."""
+
+from __future__ import annotations
+
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, WhisperConfig
+
+from unimoe import (
+    UniMoEAudioConfig,
+    UniMoEConfig,
+    UniMoEConnectorConfig,
+    UniMoEFeatureExtractor,
+    UniMoEProcessor,
+    UniMoESparsityConfig,
+)
+from unimoe.processing.chat_template import UNI_MOE_CHAT_TEMPLATE, UNI_MOE_SYSTEM_PROMPT
+
+IMAGE_SIDE = 64
+FRAMES = 8
+# Sound events last a few seconds; a longer sound is cut into chunks of five.
+AUDIO_CHUNK_SAMPLES = 5 * 16_000
+CONTEXT = 1024
+MODALITIES = ("image", "video", "audio", "speech")
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> UniMoEConfig:
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        **special,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=8,
+    )
+    audio = UniMoEAudioConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        patch_embed_dim=64,
+        num_conv_pos_embeddings=32,
+        num_conv_pos_embedding_groups=8,
+        num_buckets=64,
+        max_bucket_distance=256,
+        layerdrop=0.0,
+    )
+    speech = WhisperConfig(
+        d_model=96,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=256,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=256,
+        max_target_positions=16,
+        # The connector's decoder starts from learned queries, so its word embeddings are never read.
+        vocab_size=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        dropout=0.0,
+    )
+    audio_connector = UniMoEConnectorConfig(
+        type="qformer",
+        num_query_tokens=8,
+        backbone_config={
+            "hidden_size": 96,
+            "encoder_hidden_size": 96,
+            "intermediate_size": 192,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "cross_attention_frequency": 1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    )
+    speech_connector = UniMoEConnectorConfig(
+        type="whisper_decoder", num_query_tokens=8, backbone_config=speech.to_dict()
+    )
+    return UniMoEConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        speech_config=speech,
+        audio_connector_config=audio_connector,
+        speech_connector_config=speech_connector,
+        text_sparsity=UniMoESparsityConfig(layers="even", num_experts=4, top_k=2, router_aux_loss_coef=0.01),
+        tie_word_embeddings=False,
+        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in MODALITIES},
+        **special,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, config: UniMoEConfig) -> UniMoEProcessor:
+    return UniMoEProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+        ),
+        tokenizer=tokenizer,
+        feature_extractor=UniMoEFeatureExtractor(audio_chunk_samples=AUDIO_CHUNK_SAMPLES),
+        num_image_tokens=config.num_image_tokens,
+        num_video_tokens=config.num_image_tokens,
+        num_audio_tokens=config.num_audio_tokens,
+        num_speech_tokens=config.num_speech_tokens,
+        num_video_frames=FRAMES,
+        max_length=CONTEXT,
+        # The official prompt without its system text, which would only cost time here.
+        chat_template=UNI_MOE_CHAT_TEMPLATE.replace(f"{UNI_MOE_SYSTEM_PROMPT} ", ""),
+    )

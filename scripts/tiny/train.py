@@ -1,0 +1,135 @@
+"""Trains the tiny checkpoint from nothing: `python -m scripts.tiny.train`.
+
+Two phases, both of all questions and all weights. Nearly all of Whisper's 30 s window is silence here, and attention
+over it would cost more than everything else together. So the first phase shows the speech tower a window of four
+seconds, and the second gets it used to the whole window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+import unimoe
+
+from .architecture import build_config, build_processor
+from .banks import load_bank
+from .tokenizer import build_tokenizer
+from .training_data import Collator, QuestionDataset
+
+# Items per kind that the training questions are drawn from.
+BANK_SIZES = {
+    "scene": 8000,
+    "digit": 8000,
+    "shape_video": 2500,
+    "digit_video": 1500,
+    "event": 5000,
+    "word": 8000,
+    "spoken_question": 1600,
+}
+# Whisper halves the frame rate of 100 Hz.
+FRAMES_PER_POSITION = 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    speech_frames: int | None
+
+
+PHASES = (
+    Phase(steps=1500, batch_size=48, learning_rate=1e-3, warmup_steps=100, speech_frames=400),
+    Phase(steps=200, batch_size=48, learning_rate=3e-4, warmup_steps=20, speech_frames=None),
+)
+
+
+@contextmanager
+def speech_window(model: unimoe.UniMoEForConditionalGeneration, frames: int | None) -> Iterator[None]:
+    """Lets the speech tower take windows of `frames` log-mel frames, at the first of its fixed positions."""
+    tower = model.model.speech_tower
+    whole, config = tower.embed_positions, tower.config
+    positions = config.max_source_positions
+    if frames is not None:
+        config.max_source_positions = frames // FRAMES_PER_POSITION
+        tower.embed_positions = nn.Embedding.from_pretrained(whole.weight[: config.max_source_positions], freeze=True)
+    try:
+        yield
+    finally:
+        tower.embed_positions = whole
+        config.max_source_positions = positions
+
+
+def train(args: argparse.Namespace) -> None:
+    started = time.time()
+    set_seed(args.seed)
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    processor = build_processor(tokenizer, config)
+    model = unimoe.UniMoEForConditionalGeneration(config)
+    print(f"{model.num_parameters():,} parameters")
+    banks = {
+        kind: load_bank(
+            processor, kind, "train", max(round(size * args.fraction), 100), args.seed, args.cache, args.workers
+        )
+        for kind, size in BANK_SIZES.items()
+    }
+    print(f"items ready after {time.time() - started:.0f} s")
+    for number, phase in enumerate(PHASES):
+        steps = max(round(phase.steps * args.fraction), 2)
+        dataset = QuestionDataset(banks, steps * phase.batch_size, seed=args.seed + 1 + number)
+        arguments = TrainingArguments(
+            output_dir=str(args.cache / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=phase.batch_size,
+            learning_rate=phase.learning_rate,
+            warmup_steps=phase.warmup_steps,
+            lr_scheduler_type="cosine",
+            weight_decay=0.05,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            seed=args.seed,
+            use_cpu=True,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        with speech_window(model, phase.speech_frames):
+            collator = Collator(processor, phase.speech_frames)
+            Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator).train()
+        print(f"phase {number + 1} done after {time.time() - started:.0f} s")
+    shutil.rmtree(args.output, ignore_errors=True)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+    print(f"{args.output}: {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("build/tiny/checkpoint"))
+    parser.add_argument("--cache", type=Path, default=Path("build/tiny/cache"), help="made items are kept here")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes that make the items")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of all items and steps, to try the script out")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Pictures and short videos with a known content: drawn shapes and real handwritten digits."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 32, 38),
+    "green": (30, 152, 56),
+    "blue": (34, 70, 206),
+    "yellow": (244, 214, 20),
+    "orange": (246, 128, 12),
+    "purple": (138, 38, 158),
+    "black": (14, 14, 16),
+    "white": (250, 250, 248),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+MAX_COUNT = 5
+# Neutral backgrounds only, so that "what colour is it" can mean nothing but the shapes.
+BACKGROUNDS = ((236, 234, 228), (205, 208, 212), (158, 160, 164), (104, 104, 108), (58, 60, 66))
+# Pictures are drawn on a canvas twice as large as they are shown.
+SIDE = 128
+CANVAS = 2 * SIDE
+# The rows of `load_digits` follow the writers in blocks, so its last rows are hands that training never sees.
+HELD_OUT_DIGITS = 400
+
+
+def _luminance(colour: tuple[int, int, int]) -> float:
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def _background(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A neutral background that black, white and grey-like inks still stand out from."""
+    visible = [b for b in BACKGROUNDS if abs(_luminance(b) - _luminance(colour)) > 45]
+    return visible[rng.integers(len(visible))]
+
+
+def _ink(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
+    return tuple(int(v) for v in np.clip(np.array(COLOURS[name]) + rng.integers(-10, 11, 3), 0, 255))
+
+
+def _regular_polygon(points: int, turn: float, radii: tuple[float, ...]) -> list[tuple[float, float]]:
+    angles = [turn + 2 * math.pi * i / points for i in range(points)]
+    return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    centre: tuple[float, float],
+    radius: float,
+    turn: float,
+    ink: tuple[int, int, int],
+    paper: tuple[int, int, int],
+) -> None:
+    x, y = centre
+    if shape in ("circle", "ring"):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+        if shape == "ring":
+            hole = 0.58 * radius
+            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=paper)
+        return
+    if shape == "cross":
+        arm, rest = radius, 0.36 * radius
+        corners = [(rest, arm), (rest, rest), (arm, rest), (arm, -rest), (rest, -rest), (rest, -arm)]
+        outline = corners + [(-a, -b) for a, b in corners]
+        cosine, sine = math.cos(turn), math.sin(turn)
+        points = [(a * cosine - b * sine, a * sine + b * cosine) for a, b in outline]
+    elif shape == "square":
+        points = _regular_polygon(4, turn + math.pi / 4, (1.15 * radius,))
+    elif shape == "triangle":
+        points = _regular_polygon(3, turn, (1.15 * radius,))
+    else:
+        points = _regular_polygon(10, turn, (1.15 * radius, 0.48 * radius))
+    draw.polygon([(x + a, y + b) for a, b in points], fill=ink)
+
+
+def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """`count` circles (x, y, radius) in the unit square that do not touch each other."""
+    largest = {1: 0.30, 2: 0.20, 3: 0.17, 4: 0.15, 5: 0.135}[count]
+    while True:
+        placed: list[tuple[float, float, float]] = []
+        for _ in range(200):
+            radius = rng.uniform(0.68, 1.0) * largest
+            margin = 1.2 * radius
+            x, y = rng.uniform(margin, 1 - margin, 2)
+            if all(math.hypot(x - a, y - b) > 1.22 * (radius + r) for a, b, r in placed):
+                placed.append((x, y, radius))
+            if len(placed) == count:
+                return placed
+
+
+def scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Image.Image:
+    """`count` shapes of one kind and colour at random places and sizes, RGB."""
+    ink = _ink(rng, colour)
+    paper = _background(rng, COLOURS[colour])
+    image = Image.new("RGB", (CANVAS, CANVAS), paper)
+    draw = ImageDraw.Draw(image)
+    for x, y, radius in _places(rng, count):
+        _draw_shape(draw, shape, (x * CANVAS, y * CANVAS), radius * CANVAS, rng.uniform(-0.3, 0.3), ink, paper)
+    return _finish(rng, image)
+
+
+def _finish(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """Smooth edges (drawn larger than shown) and a little sensor noise."""
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
+    noise = rng.normal(0, rng.uniform(0, 5), pixels.shape)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+@cache
+def _digit_bank(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    # The strokes touch the edges of their 8 x 8 frame; a margin keeps them from ending abruptly on the picture.
+    images = np.pad(data.images.astype(np.float32) / 16.0, ((0, 0), (1, 1), (1, 1)))
+    rows = slice(-HELD_OUT_DIGITS, None) if held_out else slice(None, -HELD_OUT_DIGITS)
+    return images[rows], data.target[rows]
+
+
+def digit_layer(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.Image]:
+    """One handwritten digit as an 8-bit coverage mask [CANVAS, CANVAS], turned, scaled and shifted a little."""
+    images, targets = _digit_bank(held_out)
+    row = int(rng.integers(len(targets)))
+    size = int(rng.uniform(0.75, 1.0) * CANVAS)
+    stroke = Image.fromarray((images[row] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    stroke = stroke.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
+    mask = Image.new("L", (CANVAS, CANVAS))
+    slack = CANVAS - size
+    mask.paste(stroke, tuple(int(v) for v in rng.uniform(0, 1, 2) * slack))
+    return int(targets[row]), mask
+
+
+def digit_picture(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.Image]:
+    """A handwritten digit in some ink on some paper: (digit, RGB image)."""
+    digit, mask = digit_layer(rng, held_out)
+    colour = list(COLOURS)[rng.integers(len(COLOURS))]
+    image = Image.new("RGB", mask.size, _background(rng, COLOURS[colour]))
+    image.paste(_ink(rng, colour), mask=mask)
+    return digit, _finish(rng, image)
+
+
+def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, frames: int) -> list[Image.Image]:
+    """One shape that stays where it is, or crosses a good part of the picture on a straight line."""
+    ink, paper = _ink(rng, colour), _background(rng, COLOURS[colour])
+    radius = rng.uniform(0.15, 0.23)
+    margin = 1.2 * radius
+    start = rng.uniform(margin, 1 - margin, 2)
+    end = start
+    while moves and math.dist(start, end) < 0.4:
+        end = rng.uniform(margin, 1 - margin, 2)
+    turn = rng.uniform(-0.3, 0.3)
+    video = []
+    for step in np.linspace(0, 1, frames):
+        image = Image.new("RGB", (CANVAS, CANVAS), paper)
+        x, y = start + step * (end - start)
+        _draw_shape(ImageDraw.Draw(image), shape, (x * CANVAS, y * CANVAS), radius * CANVAS, turn, ink, paper)
+        video.append(_finish(rng, image))
+    return video
+
+
+def digit_video(rng: np.random.Generator, held_out: bool, frames: int) -> tuple[int, list[Image.Image]]:
+    """A handwritten digit held by a slightly unsteady hand."""
+    digit, mask = digit_layer(rng, held_out)
+    colour = list(COLOURS)[rng.integers(len(COLOURS))]
+    ink, paper = _ink(rng, colour), _background(rng, COLOURS[colour])
+    video = []
+    for _ in range(frames):
+        image = Image.new("RGB", mask.size, paper)
+        shift = tuple(int(v) for v in rng.integers(-12, 13, 2))
+        moved = Image.new("L", mask.size)
+        moved.paste(mask, shift)
+        image.paste(ink, mask=moved)
+        video.append(_finish(rng, image))
+    return digit, video
