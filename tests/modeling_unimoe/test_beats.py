@@ -98,7 +98,7 @@ def frame_mask_from_samples(is_padding: torch.Tensor, num_frames: int) -> torch.
     return (~is_padding[: run * num_frames].view(1, num_frames, run).all(-1)).long()
 
 
-# --- against the original -------------------------------------------------------------------------------------------
+# --- against the original
 
 
 def test_relative_position_buckets_match_the_original(recorded):
@@ -151,7 +151,7 @@ def test_features_match_the_original(official, recorded, clip, num_samples, impl
 @torch.no_grad()
 def test_padded_30_second_chunks_match_the_original(official, recorded):
     official.set_attn_implementation("sdpa")
-    # The recorded rows reach just into the padding, which is constant from there on. 1.7 s, and 1.25 s of a second chunk.
+    # 1.7 s, and 1.25 s of a second chunk. The recorded rows reach into the padding, which is constant from there on.
     rows = [recorded["audio.fbank_first_rows"][0], recorded["audio_long.fbank_first_rows"][1]]
     last = [recorded["audio.fbank_last_row"][0], recorded["audio_long.fbank_last_row"][1]]
     input_values = torch.stack([torch.cat([a, b.expand(2998 - len(a), -1)]) for a, b in zip(rows, last)])
@@ -164,7 +164,7 @@ def test_padded_30_second_chunks_match_the_original(official, recorded):
     torch.testing.assert_close(features[1:].norm(dim=-1), norms, atol=1e-4, rtol=0)
 
 
-# --- the mask ---------------------------------------------------------------------------------------------------------
+# --- the mask
 
 
 def test_a_partly_padded_time_step_masks_some_bands():
@@ -210,7 +210,7 @@ def test_any_number_of_frames(tiny, frames):
     assert tiny(input_values, mask).last_hidden_state.shape == (2, frames // 16 * 8, 32)
 
 
-# --- as a Transformers model ------------------------------------------------------------------------------------------
+# --- as a Transformers model
 
 
 @torch.no_grad()
@@ -268,6 +268,9 @@ def test_bfloat16_is_close_to_float32(tiny):
     expected = tiny(input_values, mask).last_hidden_state
     got = tiny.to(torch.bfloat16)(input_values, mask).last_hidden_state
     assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() / expected.norm() < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tiny.to(torch.float32)(input_values, mask).last_hidden_state
     assert (got.float() - expected).norm() / expected.norm() < 0.05
 
 
@@ -330,7 +333,7 @@ def test_variants_of_the_architecture(tiny, changes):
     [
         ((64, 128), None, r"`input_values` must have the shape \[chunks, frames, 128\]"),
         ((1, 64, 80), None, r"`input_values` must have the shape \[chunks, frames, 128\]"),
-        ((1, 15, 128), None, "fewer than the 16 of one patch"),
+        ((1, 15, 128), None, "fewer than the 16 of a patch"),
         ((1, 64, 128), (1, 32), "`attention_mask` must have one entry per frame"),
     ],
 )

@@ -3,20 +3,25 @@ Tokenizers", arXiv 2212.09058).
 
 Parameter names, against those of an original BEATs file (`N` counts layers):
 
-| here | original |
-|---|---|
-| `patch_embedding` | `patch_embedding` |
-| `feature_projection.layer_norm`, `.projection` | `layer_norm`, `post_extract_proj` |
-| `encoder.pos_conv_embed.conv.weight_magnitude`, `.weight_direction`, `.bias` | `encoder.pos_conv.0.weight_g`, `.weight_v`, `.bias` |
-| `encoder.layer_norm` | `encoder.layer_norm` |
-| `encoder.relative_attention_bias` (once) | `encoder.layers.N.self_attn.relative_attention_bias` (one tensor, repeated) |
-| `encoder.layers.N.attention.{q,k,v,out}_proj` | `encoder.layers.N.self_attn.{q,k,v,out}_proj` |
-| `encoder.layers.N.attention.gru_rel_pos_linear`, `.gru_rel_pos_const` | `encoder.layers.N.self_attn.grep_linear`, `.grep_a` |
-| `encoder.layers.N.layer_norm`, `.final_layer_norm` | `encoder.layers.N.self_attn_layer_norm`, `.final_layer_norm` |
-| `encoder.layers.N.feed_forward.intermediate_dense`, `.output_dense` | `encoder.layers.N.fc1`, `.fc2` |
+    here                                                original
+    patch_embedding                                     patch_embedding
+    feature_projection.layer_norm                       layer_norm
+    feature_projection.projection                       post_extract_proj
+    encoder.pos_conv_embed.conv.weight_magnitude        encoder.pos_conv.0.weight_g
+    encoder.pos_conv_embed.conv.weight_direction        encoder.pos_conv.0.weight_v
+    encoder.pos_conv_embed.conv.bias                    encoder.pos_conv.0.bias
+    encoder.layer_norm                                  encoder.layer_norm
+    encoder.relative_attention_bias (once)              encoder.layers.N.self_attn.relative_attention_bias (one tensor)
+    encoder.layers.N.attention.{q,k,v,out}_proj         encoder.layers.N.self_attn.{q,k,v,out}_proj
+    encoder.layers.N.attention.gru_rel_pos_linear       encoder.layers.N.self_attn.grep_linear
+    encoder.layers.N.attention.gru_rel_pos_const        encoder.layers.N.self_attn.grep_a
+    encoder.layers.N.layer_norm                         encoder.layers.N.self_attn_layer_norm
+    encoder.layers.N.feed_forward.intermediate_dense    encoder.layers.N.fc1
+    encoder.layers.N.feed_forward.output_dense          encoder.layers.N.fc2
+    encoder.layers.N.final_layer_norm                   encoder.layers.N.final_layer_norm
 
-Layer names follow Transformers' WavLM, whose attention BEATs shares. Shapes below: N chunks, F frames, T tokens, C hidden
-size, A attention heads.
+Layer names follow Transformers' WavLM, whose attention BEATs shares. Shapes below: N chunks, F frames, T tokens, C
+hidden size, A attention heads.
 """
 
 import math
@@ -56,8 +61,8 @@ def relative_position_buckets(relative_position: torch.Tensor, num_buckets: int,
 def token_padding_mask(frame_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Which tokens are padding: bool [N, num_tokens] from a frame mask [N, F] (1 or True for a real frame).
 
-    The reference spreads frames evenly over the FLATTENED tokens (time step, then frequency band), so in a time step that
-    is partly padding some bands count as padding and others do not. Checkpoints were trained with it; it is kept.
+    The reference spreads frames evenly over the FLATTENED tokens (time step, then frequency band), so in a time step
+    that is partly padding some bands count as padding and others do not. Checkpoints were trained with it; it is kept.
     """
     frames_per_token = frame_mask.shape[1] // num_tokens
     is_padding = frame_mask[:, : num_tokens * frames_per_token] == 0
@@ -86,8 +91,8 @@ def eager_attention_forward(
 class UniMoEAudioWeightNormConv1d(nn.Module):
     """Grouped Conv1d with `weight = magnitude * direction / ||direction||`, the norm taken per kernel position.
 
-    Two plain parameters rather than a parametrization: it can be pickled and built on the meta device, and the names stay
-    clear of Transformers' renaming of `weight_g` and `weight_v` on load.
+    Two plain parameters rather than a parametrization: it can be pickled and built on the meta device, and the names
+    stay clear of Transformers' renaming of `weight_g` and `weight_v` on load.
     """
 
     def __init__(self, channels: int, kernel_size: int, groups: int):
@@ -104,10 +109,15 @@ class UniMoEAudioWeightNormConv1d(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight_magnitude * self.weight_direction / self.direction_norm()
-        padding = weight.shape[-1] // 2
-        return nn.functional.conv1d(
-            hidden_states, weight.to(hidden_states.dtype), self.bias, padding=padding, groups=self.groups
-        )
+        options = {"padding": weight.shape[-1] // 2, "groups": self.groups}
+        dtype = hidden_states.dtype
+        if hidden_states.device.type != "cpu":
+            return nn.functional.conv1d(hidden_states, weight.to(dtype), self.bias, **options)
+        # On CPUs with bfloat16 units, oneDNN's grouped bfloat16 convolution is plainly wrong (relative error 0.76 with
+        # torch 2.13) for an even kernel on groups of 8 or 12 channels.
+        with torch.autocast("cpu", enabled=False):
+            precise = weight.dtype
+            return nn.functional.conv1d(hidden_states.to(precise), weight, self.bias.to(precise), **options).to(dtype)
 
 
 class UniMoEAudioPositionalConvEmbedding(nn.Module):
@@ -164,8 +174,8 @@ class UniMoEAudioAttention(nn.Module):
     def additive_mask(
         self, query: torch.Tensor, position_bias: torch.Tensor | None, padding_mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What is added to the logits: the bias and, for padded keys, the lowest finite value (a chunk that is all padding
-        must not give NaN). [N, A, T, T] or a shape that broadcasts to it."""
+        """What is added to the logits: the bias and, for padded keys, the lowest finite value (a chunk that is all
+        padding must not give NaN). [N, A, T, T] or a shape that broadcasts to it."""
         mask = None
         if position_bias is not None:
             gate = self.position_gate(query) if self.is_gated else 1.0
@@ -362,7 +372,7 @@ class UniMoEAudioModel(PreTrainedModel):
             )
         if input_values.shape[1] < patch:
             raise ValueError(
-                f"`input_values` has {input_values.shape[1]} frames, fewer than the {patch} of one patch; pad the sound"
+                f"`input_values` has {input_values.shape[1]} frames, fewer than the {patch} of a patch; pad the sound"
             )
         if attention_mask is not None and attention_mask.shape != input_values.shape[:2]:
             raise ValueError(
@@ -381,8 +391,8 @@ class UniMoEAudioModel(PreTrainedModel):
         """
         Args:
             input_values: Normalised log-mel filterbank, float [N, F, 128], F >= 16 frames of 10 ms.
-            attention_mask: Which frames are real (1) and which padding (0), int64 or bool [N, F]; None if all are real.
-                Padded tokens are hidden from attention, but their own outputs are returned too.
+            attention_mask: Which frames are real (1) and which padding (0), int64 or bool [N, F]; None if all are
+                real. Padded tokens are hidden from attention, but their own outputs are returned too.
 
         Returns:
             `last_hidden_state` [N, T, C] with T = (F // 16) * 8 tokens, time step by time step; `hidden_states` (the
