@@ -1,0 +1,45 @@
+"""Chat templates that render the official prompts, one constant a family.
+
+A template is a Jinja text that is saved beside the processor (`chat_template.jinja`). What the assistant says stands
+inside `{% generation %}`, so that training can tell answers from questions.
+"""
+
+# Uni-MoE v1, the "vicuna_v1" conversation: one space after the system text and after a user turn, "</s>" and nothing
+# else after an answer, "ASSISTANT:" without a trailing space where the answer is still to come. Each medium stands
+# where it is in the content, with a line feed behind it. A first system message replaces the system text.
+UNI_MOE_CHAT_TEMPLATE = r"""
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. " ~
+    "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for block in content -%}
+            {{- block['text'] if block['type'] == 'text' else '<' ~ block['type'] ~ '>\n' -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = render(messages[0]['content']) -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{{- system ~ ' ' -}}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' ~ render(message['content']) ~ ' ' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}
+            {{- ' ' ~ render(message['content']) ~ '</s>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception("role '" ~ message['role'] ~ "': only 'user' and 'assistant', and 'system' first.") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+DEFAULT_CHAT_TEMPLATE = UNI_MOE_CHAT_TEMPLATE

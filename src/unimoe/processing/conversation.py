@@ -1,0 +1,110 @@
+"""Messages in the forms that people write them, made one: what the template renders and what has to be loaded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+MEDIA = ("image", "video", "audio", "speech")
+_SOURCES = ("url", "path", "base64")
+
+
+def is_batch(conversation: Any) -> bool:
+    """Is this a list of conversations, not one? Raises TypeError or ValueError for what is neither."""
+    if hasattr(conversation, "messages"):
+        return False
+    if not isinstance(conversation, (list, tuple)):
+        raise TypeError(
+            "a conversation is a list of messages like {'role': 'user', 'content': ...}, "
+            f"not {type(conversation).__name__}."
+        )
+    if not conversation:
+        raise ValueError("the conversation is empty; it needs at least one message.")
+    return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+
+
+def read_conversation(
+    conversation: Any, placeholders: dict[str, str], name: str = "conversation"
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Check one conversation and take its media out.
+
+    Args:
+        conversation: messages with a `role` and a `content`: a string or a list of blocks. A block is
+            `{"type": "text", "text": ...}` or a medium: `{"type": "image", "image" | "url" | "path" | "base64": ...}`,
+            with `video`, `audio` and `speech` alike, sounds with an optional "sampling_rate". The blocks `image_url`,
+            `video_url`, `audio_url` and `input_audio` of chat servers are read too.
+        placeholders: `{kind: literal placeholder}`. None of them may stand in a text, because there it would take the
+            place of a medium.
+        name: what to call the conversation in an error.
+
+    Returns:
+        The messages for the template, where a medium is only `{"type": kind}`, and for each kind the items in order
+        (None for a block without any, whose item comes otherwise).
+    """
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"{name}: expected a list with at least one message, got {conversation!r:.80}.")
+    messages: list[dict[str, Any]] = []
+    items: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
+    for i, message in enumerate(conversation):
+        where = f"{name}[{i}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or message.get("content") is None:
+            raise ValueError(f"{where}: a message is a dict with a 'role' and a 'content', got {message!r:.80}.")
+        content = message["content"]
+        if isinstance(content, str):
+            _refuse_placeholders(content, placeholders, where)
+        elif isinstance(content, (list, tuple)):
+            content = [
+                _read_block(block, items, placeholders, f"{where}['content'][{j}]") for j, block in enumerate(content)
+            ]
+        else:
+            raise ValueError(f"{where}: 'content' is a string or a list of blocks, not {type(content).__name__}.")
+        messages.append({**message, "content": content})
+    return messages, items
+
+
+def _read_block(block: Any, items: dict[str, list[Any]], placeholders: dict[str, str], where: str) -> dict[str, Any]:
+    if isinstance(block, str):
+        block = {"type": "text", "text": block}
+    if not isinstance(block, dict) or "type" not in block:
+        raise ValueError(f"{where}: a block is a dict with a 'type', got {block!r:.80}.")
+    kind = block["type"]
+    if kind == "text":
+        if not isinstance(block.get("text"), str):
+            raise ValueError(f"{where}: a block of type 'text' needs a string under 'text'.")
+        _refuse_placeholders(block["text"], placeholders, where)
+        return dict(block)
+    if kind in ("image_url", "video_url", "audio_url"):
+        source = block.get(kind)
+        kind, block = kind.removesuffix("_url"), {"url": source.get("url") if isinstance(source, dict) else source}
+    elif kind == "input_audio":
+        source = block.get(kind)
+        kind, block = "audio", {"base64": source.get("data") if isinstance(source, dict) else source}
+    if kind not in MEDIA:
+        raise ValueError(f"{where}: type {kind!r} is unknown; use 'text', {', '.join(map(repr, MEDIA))}.")
+    items[kind].append(_read_item(kind, block, where))
+    return {"type": kind}
+
+
+def _read_item(kind: str, block: dict[str, Any], where: str) -> Any:
+    keys = [key for key in (kind, *_SOURCES) if block.get(key) is not None]
+    if len(keys) > 1:
+        raise ValueError(f"{where}: gives its {kind} more than once ({', '.join(map(repr, keys))}); keep one.")
+    if not keys:
+        return None
+    item = block[keys[0]]
+    # A plain file name must not be taken for anything else, so the error for a missing file says so.
+    if keys[0] == "path" and isinstance(item, str) and "://" not in item:
+        item = Path(os.path.expanduser(item))
+    if block.get("sampling_rate") is not None and not isinstance(item, dict):
+        return {"array": item, "sampling_rate": block["sampling_rate"]}
+    return item
+
+
+def _refuse_placeholders(text: str, placeholders: dict[str, str], where: str) -> None:
+    for kind, token in placeholders.items():
+        if token in text:
+            raise ValueError(
+                f"{where}: the text holds the placeholder {token} itself. Give the {kind} as a block of its own, "
+                f"{{'type': '{kind}', ...}}; to mention the tag, write it differently, for instance "
+                f"'{token[:1]} {token[1:-1]} {token[-1:]}'."
+            )
