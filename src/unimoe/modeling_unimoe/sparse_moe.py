@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import initialization as init
 
 from .experts import UniMoEExperts, init_experts_weights, make_experts
@@ -170,14 +171,13 @@ class DenseMlp:
         name = type(mlp).__name__
         if isinstance(mlp, UniMoESparseMoeBlock) or hasattr(mlp, "experts"):
             raise TypeError(f"{name} is sparse already; a dense MLP is needed: {SUPPORTED_MLPS}")
-        for child in mlp.modules():
-            if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
-                raise ValueError(
-                    f"{name} has dropout (p={child.p}) inside, which a sparse block would drop: set it to 0"
-                )
-        parts = {
-            key: child for key, child in mlp.named_children() if not isinstance(child, nn.modules.dropout._DropoutNd)
-        }
+        rates = [child.p for child in mlp.modules() if isinstance(child, _DropoutNd)]
+        rates += [value for key, value in vars(mlp).items() if "dropout" in key and isinstance(value, float)]
+        if any(rates):
+            raise ValueError(
+                f"{name} has dropout inside (rates {rates}), which a sparse block would drop: set it to 0"
+            )
+        parts = {key: child for key, child in mlp.named_children() if not isinstance(child, _DropoutNd)}
         if isinstance(mlp, nn.Sequential):
             parts = dict(zip(("fc1", "activation_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
         linear_names = {key for key in parts if key not in ("act_fn", "activation_fn")}
@@ -216,7 +216,7 @@ class DenseMlp:
                 raise ValueError(
                     f"{name} is offloaded, so its weights are not at hand: load the model without offloading"
                 )
-        if not callable(self.act_fn) or (isinstance(self.act_fn, nn.Module) and any(self.act_fn.parameters())):
+        if not callable(self.act_fn) or (isinstance(self.act_fn, nn.Module) and len(list(self.act_fn.parameters()))):
             raise TypeError(f"{name} has no parameter-free activation; supported are {SUPPORTED_MLPS}")
         shapes = {tuple(linear.weight.shape) for linear in self.first}
         if len(shapes) != 1 or self.first[0].out_features != self.down.in_features:

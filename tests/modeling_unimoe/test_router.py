@@ -1,0 +1,106 @@
+"""The fused router against its definition: values, gradients, ties, dtypes and refusals."""
+
+import pytest
+import torch
+
+from unimoe.modeling_unimoe.router import UniMoETopKRouter, fused_topk_router, naive_topk_router
+
+
+def make_inputs(tokens=12, hidden=16, experts=8, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(experts, hidden, generator=generator).to(dtype).requires_grad_()
+    return hidden_states, weight
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("experts, top_k", [(e, k) for e in (2, 4, 8, 64) for k in (1, 2, 3) if k <= e])
+def test_fused_equals_definition(experts, top_k, norm_topk_prob):
+    results = []
+    for router in (naive_topk_router, fused_topk_router):
+        hidden_states, weight = make_inputs(experts=experts)
+        logits, weights, index = router(hidden_states, weight, top_k, norm_topk_prob=norm_topk_prob)
+        # Uneven factors, so that no gradient cancels (the normalised weights sum to a constant).
+        loss = (weights * torch.arange(1.0, 1 + weights.numel()).reshape_as(weights).cos()).sum() + logits.sin().sum()
+        loss.backward()
+        results.append((logits, weights, index, hidden_states.grad, weight.grad))
+    for naive, fused in zip(*results):
+        torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
+    assert results[1][2].dtype == torch.int64
+
+
+def test_normalised_weights_sum_to_one_and_come_in_order():
+    _, weights, _ = fused_topk_router(*make_inputs(), 3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+    assert (weights[:, :-1] >= weights[:, 1:]).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_ties_are_those_of_topk_on_the_logits(top_k):
+    hidden_states = torch.ones(5, 4)
+    weight = torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0, 2.0])[:, None].expand(6, 4).contiguous()
+    logits, weights, index = fused_topk_router(hidden_states, weight, top_k)
+    assert torch.equal(index, logits.topk(top_k).indices)
+    torch.testing.assert_close(weights, torch.full((5, top_k), 1 / top_k))
+
+
+def test_router_dtype_is_that_of_the_linear_map_and_weights_keep_the_working_dtype():
+    hidden_states, weight = make_inputs(dtype=torch.bfloat16)
+    logits, weights, _ = fused_topk_router(hidden_states, weight, 2)
+    assert (logits.dtype, weights.dtype) == (torch.bfloat16, torch.bfloat16)
+    logits, weights, index = fused_topk_router(hidden_states, weight, 2, router_dtype=torch.float32)
+    assert (logits.dtype, weights.dtype) == (torch.float32, torch.bfloat16)
+    exact = hidden_states.float() @ weight.float().T
+    torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(index, exact.topk(2).indices)
+
+
+def test_logits_only_on_request():
+    hidden_states, weight = make_inputs()
+    logits, weights, index = fused_topk_router(hidden_states, weight, 2, return_logits=False)
+    _, expected_weights, expected_index = fused_topk_router(hidden_states, weight, 2)
+    assert logits is None
+    assert torch.equal(weights, expected_weights) and torch.equal(index, expected_index)
+
+
+def test_huge_logits_stay_finite():
+    hidden_states = torch.full((2, 4), 1e4, requires_grad=True)
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for norm_topk_prob in (True, False):
+        _, weights, _ = fused_topk_router(hidden_states, weight, 2, norm_topk_prob=norm_topk_prob)
+        weights.sum().backward()
+        assert weights.isfinite().all() and hidden_states.grad.isfinite().all()
+
+
+def test_no_tokens():
+    hidden_states, weight = make_inputs(tokens=0)
+    logits, weights, index = fused_topk_router(hidden_states, weight, 2)
+    assert (logits.shape, weights.shape, index.shape) == ((0, 8), (0, 2), (0, 2))
+    weights.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_module_flattens_tokens_and_returns_logits_first():
+    router = UniMoETopKRouter(16, 8, 2, router_dtype="float32")
+    hidden_states, weight = make_inputs()
+    router.weight.data.copy_(weight)
+    logits, weights, index = router(hidden_states.reshape(3, 4, 16))
+    for got, expected in zip((logits, weights, index), fused_topk_router(hidden_states, weight, 2)):
+        torch.testing.assert_close(got, expected)
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"num_experts": 0}, "num_experts"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 5}, "top_k"),
+        ({"router_dtype": "float31"}, "router_dtype"),
+        ({"router_dtype": "int32"}, "router_dtype"),
+        ({"router_dtype": 32}, "router_dtype"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        UniMoETopKRouter(**{"hidden_size": 8, "num_experts": 4, "top_k": 2, **arguments})
