@@ -64,7 +64,7 @@ class UniMoEQueryConnector(nn.Module):
 
 
 class UniMoEQFormerConnector(UniMoEQueryConnector):
-    """The audio aligner of Uni-MoE: a Q-Former without text (BLIP-2, Li et al. 2023, arXiv 2301.12597), then a projector."""
+    """The audio aligner of Uni-MoE: a text-free Q-Former (BLIP-2, Li et al. 2023, arXiv 2301.12597), a projector."""
 
     def __init__(self, config: UniMoEConnectorConfig, input_size: int, output_size: int):
         backbone = config.backbone_config
