@@ -68,7 +68,9 @@ def describe(config: UniMoEConfig) -> str:
     lines.append(f"{'decoder experts':<28}{_sparsity(config.text_sparsity, text)}")
     if config.vision_config is not None:
         vision = config.vision_config
-        lines.append(f"{'vision tower':<28}{vision.model_type}, {vision.num_hidden_layers} layers, image {vision.image_size}")
+        lines.append(
+            f"{'vision tower':<28}{vision.model_type}, {vision.num_hidden_layers} layers, image {vision.image_size}"
+        )
         lines.append(f"{'vision experts':<28}{_sparsity(config.vision_sparsity, vision)}")
     sizes = count_parameters(config)
     lines += ["", f"{'parameters':<28}{'total':>16}{'activated':>16}"]

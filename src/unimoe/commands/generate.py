@@ -17,10 +17,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("question", help="what to ask; may be empty if a spoken question is given")
     parser.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the embedded tiny checkpoint)")
     for modality in MODALITIES:
-        parser.add_argument(f"--{modality}", metavar="FILE", action="append", default=[], help=f"{modality} path or URL")
+        parser.add_argument(
+            f"--{modality}", metavar="FILE", action="append", default=[], help=f"{modality} path or URL"
+        )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--stream", action="store_true", help="print the answer while it is being generated")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies in the model's folder")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that lies in the model's folder"
+    )
     parser.add_argument("--device", help="device to run on, such as cpu or cuda:0 (default: chosen by Transformers)")
     parser.set_defaults(run=run)
 
@@ -36,17 +40,15 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or unimoe.tiny_checkpoint()
     if not (Path(model) / "config.json").is_file() and Path(model).exists():
         raise ValueError(f"--model {model}: the folder has no config.json; it must be a checkpoint folder")
-    content = [
-        {"type": modality, modality: item}
-        for modality in MODALITIES
-        for item in getattr(args, modality)
-    ]
+    content = [{"type": modality, modality: item} for modality in MODALITIES for item in getattr(args, modality)]
     if args.question:
         content.append({"type": "text", "text": args.question})
     if not content:
         raise ValueError("the question is empty and no file is given")
     pipe = pipeline("any-to-text", model=model, trust_remote_code=args.trust_remote_code or None, device=args.device)
-    streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
+    streamer = (
+        TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
+    )
     answer = pipe(
         [{"role": "user", "content": content}],
         max_new_tokens=args.max_new_tokens,

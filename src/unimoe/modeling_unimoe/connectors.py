@@ -12,7 +12,7 @@ Shapes: N media items or sound chunks, T features of each, D tower width, Q quer
 
 import torch
 from torch import nn
-from transformers import Blip2QFormerModel
+from transformers import Blip2QFormerModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
@@ -111,8 +111,12 @@ class UniMoEWhisperDecoderConnector(UniMoEQueryConnector):
         ).last_hidden_state
 
 
-def build_connector(config: UniMoEConnectorConfig, input_size: int, output_size: int) -> nn.Module:
+def build_connector(
+    config: UniMoEConnectorConfig, input_size: int, output_size: int, model_config: PreTrainedConfig | None = None
+) -> nn.Module:
     """The connector that `config` describes, from features of width `input_size` to embeddings of width `output_size`.
+
+    `model_config`, the config of the model around it, tells a sparse connector which experts implementation to use.
 
     Its forward takes features [N, T, D] and returns embeddings: [N, T, H] for "linear" and "mlp", [N, Q, H] for
     "qformer" and "whisper_decoder".
@@ -139,7 +143,7 @@ def build_connector(config: UniMoEConnectorConfig, input_size: int, output_size:
         output_size=output_size,
         norm_topk_prob=config.sparsity.norm_topk_prob,
         router_dtype=config.sparsity.router_dtype,
-        config=config,
+        config=model_config,
     )
 
 

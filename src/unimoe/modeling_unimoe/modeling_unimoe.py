@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import slice_logits_to_keep
 
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
@@ -116,9 +116,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
         if not lenient:
             # Transformers' own refusal prints a table; ours names the tensors in one message with the other two kinds.
             kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if not lenient:
             _check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
@@ -147,9 +145,7 @@ def _build_backbone(
 ) -> PreTrainedModel:
     """A stock Transformers model from its config, its FFNs made sparse where `sparsity` says so."""
     requested = sub_config._experts_implementation or config._experts_implementation
-    # While still dense, the stock class would refuse a request for an experts implementation.
-    sub_config._experts_implementation_internal = None
-    backbone = AutoModel.from_config(sub_config)
+    backbone = AutoModel.from_config(_without_experts_request(sub_config))
     if sparsity is not None:
         sparsify(
             backbone,
@@ -165,6 +161,15 @@ def _build_backbone(
     return backbone
 
 
+def _without_experts_request(sub_config: PreTrainedConfig) -> PreTrainedConfig:
+    """`from_pretrained(experts_implementation=...)` writes into every sub-config, but dense classes refuse a request."""
+    sub_config._experts_implementation_internal = None
+    for name in sub_config.sub_configs:
+        if getattr(sub_config, name) is not None:
+            _without_experts_request(getattr(sub_config, name))
+    return sub_config
+
+
 class UniMoEModel(UniMoEPreTrainedModel):
     """Towers, connectors and decoder without the language-modelling head.
 
@@ -178,17 +183,17 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if config.vision_config is not None:
             self.vision_tower = _build_backbone(config, config.vision_config, config.vision_sparsity)
             self.vision_connector = build_connector(
-                config.vision_connector_config, config.vision_config.hidden_size, width
+                config.vision_connector_config, config.vision_config.hidden_size, width, model_config=config
             )
         if config.audio_config is not None:
-            self.audio_tower = UniMoEAudioModel._from_config(config.audio_config)
+            self.audio_tower = UniMoEAudioModel._from_config(_without_experts_request(config.audio_config))
             self.audio_connector = build_connector(
-                config.audio_connector_config, config.audio_config.hidden_size, width
+                _without_experts_request(config.audio_connector_config), config.audio_config.hidden_size, width
             )
         if config.speech_config is not None:
-            self.speech_tower = WhisperEncoder._from_config(config.speech_config)
+            self.speech_tower = WhisperEncoder._from_config(_without_experts_request(config.speech_config))
             self.speech_connector = build_connector(
-                config.speech_connector_config, config.speech_config.d_model, width
+                _without_experts_request(config.speech_connector_config), config.speech_config.d_model, width
             )
         self.language_model = _build_backbone(config, config.text_config, config.text_sparsity)
         self.post_init()
@@ -495,13 +500,23 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         """See [`UniMoEModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_frame_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
         """See [`UniMoEModel.get_video_features`]."""
-        return self.model.get_video_features(pixel_values_videos, **kwargs)
+        return self.model.get_video_features(pixel_values_videos, video_frame_mask, **kwargs)
 
-    def get_audio_features(self, input_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+    def get_audio_features(
+        self,
+        input_values: torch.Tensor,
+        input_values_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
         """See [`UniMoEModel.get_audio_features`]."""
-        return self.model.get_audio_features(input_values, **kwargs)
+        return self.model.get_audio_features(input_values, input_values_mask, **kwargs)
 
     def get_speech_features(self, input_features: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
         """See [`UniMoEModel.get_speech_features`]."""
