@@ -82,6 +82,8 @@ class UniMoESparseMoeBlock(nn.Module):
             output_size=output_size,
             hidden_act=hidden_act,
         )
+        # Kept here as well: an adapter may wrap the experts and hide their attributes.
+        self.output_size = self.experts.output_size
         init_sparse_moe_weights(self.gate)
         init_sparse_moe_weights(self.experts)
 
@@ -90,7 +92,7 @@ class UniMoESparseMoeBlock(nn.Module):
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(hidden_states_TH)
         output_TO = self.experts(hidden_states_TH, index_TK, weights_TK)
-        return output_TO.reshape(*hidden_states.shape[:-1], self.experts.output_size)
+        return output_TO.reshape(*hidden_states.shape[:-1], self.output_size)
 
     @classmethod
     def from_dense(
@@ -171,12 +173,6 @@ class DenseMlp:
         name = type(mlp).__name__
         if isinstance(mlp, UniMoESparseMoeBlock) or hasattr(mlp, "experts"):
             raise TypeError(f"{name} is sparse already; a dense MLP is needed: {SUPPORTED_MLPS}")
-        rates = [child.p for child in mlp.modules() if isinstance(child, _DropoutNd)]
-        rates += [value for key, value in vars(mlp).items() if "dropout" in key and isinstance(value, float)]
-        if any(rates):
-            raise ValueError(
-                f"{name} has dropout inside (rates {rates}), which a sparse block would drop: set it to 0"
-            )
         parts = {key: child for key, child in mlp.named_children() if not isinstance(child, _DropoutNd)}
         if isinstance(mlp, nn.Sequential):
             parts = dict(zip(("fc1", "activation_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
@@ -188,6 +184,12 @@ class DenseMlp:
             dense = cls([parts["fc1"]], parts["fc2"], act_fn)
         else:
             raise TypeError(f"cannot make {name} sparse; supported are {SUPPORTED_MLPS}")
+        rates = [child.p for child in mlp.modules() if isinstance(child, _DropoutNd)]
+        rates += [value for key, value in vars(mlp).items() if "dropout" in key and isinstance(value, float)]
+        if any(rates):
+            raise ValueError(
+                f"{name} has dropout inside (rates {rates}), which a sparse block would drop: set it to 0"
+            )
         dense._check(name)
         dense._check_output(mlp)
         return dense

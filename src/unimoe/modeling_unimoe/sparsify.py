@@ -44,7 +44,8 @@ def sparsify(
       as everywhere in Transformers (a choice other than "eager" made before stays);
     - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer;
     - `isinstance`, `generate`, gradient checkpointing, adapters, expert parallelism and `save_pretrained` work as
-      before. What was saved is read back by `load_sparsified`.
+      before. What was saved is read back by `load_sparsified`, provided that `model` is the model that is saved and
+      not a part of it.
 
     Args:
         model: the dense model. For one with several stacks (CLIPModel, Llava), pass the part that is meant.
@@ -102,16 +103,8 @@ def sparsify(
         # Transformers installs its hooks once, at the first request; these routers came after it.
         for index in indices:
             install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
-    arguments = {
-        "layers": indices,
-        "num_experts": num_experts if isinstance(num_experts, int) else counts,
-        "top_k": top_k,
-        "norm_topk_prob": norm_topk_prob,
-        "router_dtype": None if router_dtype is None else str(router_dtype).removeprefix("torch."),
-    }
     for prefix, part in chain:
         _become_sparse(part, records=part is owner)
-        part._sparsity = arguments
         _extend_parallel_plans(part, stack_name.removeprefix(prefix).lstrip("."), stack[indices[0]].mlp)
     # The dense class could only ever be "eager", so that is taken for no choice at all.
     chosen = owner.config._experts_implementation
@@ -124,8 +117,8 @@ def sparsify(
 def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
     """Loads what a sparsified stock model's `save_pretrained` wrote: `load_sparsified("my-moe", dtype="bfloat16")`.
 
-    `config.json` names the stock class (`architectures`) and the arguments of `sparsify` (`unimoe_sparsity`); the
-    stock class alone would ignore the latter and build a dense model.
+    `config.json` names the stock class (`architectures`) and the calls of `sparsify` that made it sparse
+    (`unimoe_sparsity`); the stock class alone would ignore the latter and build a dense model.
 
     Args:
         folder: a local folder or a hub name.
@@ -202,6 +195,21 @@ def _chain(model: PreTrainedModel, stack_name: str) -> list[tuple[str, PreTraine
     return [(prefix, part) for prefix, part in parts if isinstance(part, PreTrainedModel)]
 
 
+def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
+    """The calls of `sparsify` that give a dense model the sparse blocks of this one, read off the blocks."""
+    calls: dict[tuple, dict] = {}
+    for index, layer in enumerate(model.get_submodule(_find_layers(model))):
+        if not isinstance(layer.mlp, UniMoESparseMoeBlock):
+            continue
+        router = next(module for module in layer.mlp.modules() if isinstance(module, UniMoETopKRouter))
+        router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
+        shared = {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
+        call = calls.setdefault(tuple(shared.values()), {"layers": [], "num_experts": [], **shared})
+        call["layers"].append(index)
+        call["num_experts"].append(router.num_experts)
+    return list(calls.values())
+
+
 def _become_sparse(model: PreTrainedModel, records: bool) -> None:
     model.__class__ = sparse_class(getattr(type(model), "_stock_class", type(model)), records)
     if records:
@@ -232,8 +240,8 @@ class SparseModelMixin:
     _stock_class: type[PreTrainedModel]
 
     def __init__(self, config, *args, **kwargs):
-        arguments = getattr(config, CONFIG_KEY, None)
-        if arguments is None:
+        calls = getattr(config, CONFIG_KEY, None)
+        if not calls:
             raise ValueError(
                 f"the config of {type(self).__name__} has no {CONFIG_KEY}, so nothing says which layers are sparse; "
                 "build the stock model and call sparsify on it"
@@ -242,7 +250,8 @@ class SparseModelMixin:
         # The stock classes inside, still dense, would refuse any other.
         config._experts_implementation_internal = "eager"
         super().__init__(config, *args, **kwargs)
-        sparsify(self, **arguments, copy_weights=False)
+        for arguments in calls:
+            sparsify(self, **arguments, copy_weights=False)
         self.set_experts_implementation(requested)
 
     @classmethod
@@ -256,12 +265,13 @@ class SparseModelMixin:
             super()._init_weights(module)
 
     def save_pretrained(self, *args, **kwargs):
-        setattr(self.config, CONFIG_KEY, self._sparsity)
+        setattr(self.config, CONFIG_KEY, _describe_sparsity(self))
         return super().save_pretrained(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle cannot find it by name; copies and processes rebuild it.
-        return _rebuild, (self._stock_class, type(self)._records_router_logits), self.__getstate__()
+        state = super().__reduce_ex__(protocol)[2]
+        return _rebuild, (self._stock_class, self._records_router_logits), state
 
 
 def _rebuild(stock_class: type[PreTrainedModel], records: bool) -> PreTrainedModel:
