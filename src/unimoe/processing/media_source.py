@@ -2,13 +2,14 @@
 
 import base64
 import binascii
+import io
 import os
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 URL_TIMEOUT_SECONDS = 20.0
 
@@ -106,36 +107,27 @@ def read_source(source: Path | Url | bytes, name: str) -> Path | bytes:
 
 
 def check_complete(source: Path | bytes, name: str) -> None:
-    """Refuses a file that is shorter than its own container says (RIFF: wav, avi, webp; MP4 family; Matroska, WebM).
+    """Refuses a file that ends before its own container says (wav, aiff, mp3, avi, webp, gif, MP4, WebM).
 
     Decoders play such files up to the cut without a word.
 
     Raises:
         MediaError: the file is cut short.
     """
-    if isinstance(source, bytes):
-        size, head = len(source), source[:4096]
-        missing = _missing_bytes(head, size, lambda start, count: source[start : start + count])
-    else:
-        size = source.stat().st_size
-        with source.open("rb") as file:
-
-            def read(start: int, count: int) -> bytes:
-                file.seek(start)
-                return file.read(count)
-
-            missing = _missing_bytes(read(0, 4096), size, read)
-    # Some writers count a few header bytes too many.
-    if missing > 16:
-        raise MediaError(
-            f"{label(name, source)}: the file is truncated ({missing} bytes of {size + missing} are missing); "
-            "pass the whole file."
-        )
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if _is_cut(file, size):
+            raise MediaError(
+                f"{label(name, source)}: the file is truncated, it ends before the end that its header or structure "
+                "tells; pass the whole file."
+            )
 
 
 def one_line(error: Any) -> str:
     """An error's text, short and on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = getattr(error, "strerror", None) or error
+    return " ".join(str(text).split())[:200] or type(error).__name__
 
 
 def _exists(path: Path) -> bool:
@@ -178,31 +170,40 @@ def _data_uri_bytes(text: str, name: str) -> bytes:
     return content
 
 
-def _missing_bytes(head: bytes, size: int, read: Any) -> int:
-    """How many bytes short of its declared length the file is; 0 where it declares none (a stream)."""
-    if head[:4] == b"RIFF":
-        declared = int.from_bytes(head[4:8], "little")
-        # Written to a pipe, the length is left at 0 or at its largest value.
-        return declared + 8 - size if declared < 0x7FFF0000 else 0
+def _is_cut(file: BinaryIO, size: int) -> bool:
+    """Whether the file is shorter than it declares; False where it declares nothing, as streams do."""
+    head = file.read(4096)
+    if head[:4] in (b"RIFF", b"FORM"):
+        declared = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
+        # Written to a pipe, the length stays 0 or the largest value; some writers count a few header bytes too many.
+        return declared < 0x7FFF0000 and declared + 8 - size > 16
     if head[:4] == b"\x1aE\xdf\xa3":
-        return _missing_matroska_bytes(head, size)
+        return _is_cut_matroska(head, size)
     if head[4:8] in (b"ftyp", b"moov", b"mdat"):
-        position = 0
-        while position + 8 <= size:
-            box = read(position, 16)
-            length, kind = int.from_bytes(box[:4], "big"), box[4:8]
-            if length == 1:
-                length = int.from_bytes(box[8:16], "big")
-            # 0: up to the end. What is below a header's length is no box: leave it to the decoder.
-            if length < 8 or kind not in (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx"):
-                return 0
-            if position + length > size:
-                return position + length - size
-            position += length
-    return 0
+        return _is_cut_mp4(file, size)
+    if head[:4] == b"GIF8":
+        return _is_cut_gif(file)
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        return _is_cut_mp3(file, size, head)
+    return False
 
 
-def _missing_matroska_bytes(head: bytes, size: int) -> int:
+def _is_cut_mp4(file: BinaryIO, size: int) -> bool:
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        box = file.read(16)
+        length, kind = int.from_bytes(box[:4], "big"), box[4:8]
+        if length == 1:
+            length = int.from_bytes(box[8:16], "big")
+        # Length 0 goes up to the end. What is no usual box is left to the decoder.
+        if length < 8 or kind not in (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx"):
+            return False
+        position += length
+    return position > size
+
+
+def _is_cut_matroska(head: bytes, size: int) -> bool:
     def number(position: int) -> tuple[int | None, int]:
         """An EBML length and where its bytes end; None stands for an open end."""
         if position >= len(head) or not head[position]:
@@ -214,6 +215,55 @@ def _missing_matroska_bytes(head: bytes, size: int) -> int:
     length, position = number(4)
     segment = position + (length or 0)
     if head[segment : segment + 4] != b"\x18\x53\x80\x67":
-        return 0
+        return False
     length, position = number(segment + 4)
-    return 0 if length is None else position + length - size
+    return length is not None and position + length > size
+
+
+def _is_cut_mp3(file: BinaryIO, size: int, head: bytes) -> bool:
+    start = 0
+    if head[:3] == b"ID3":
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+    file.seek(start)
+    frame = file.read(256)
+    tag = max(frame.find(b"Xing"), frame.find(b"Info"))
+    flags = int.from_bytes(frame[tag + 4 : tag + 8], "big")
+    # Without the tag, or without the number of bytes in it, nothing tells the length.
+    if tag < 0 or not flags & 2:
+        return False
+    position = tag + (12 if flags & 1 else 8)
+    declared = int.from_bytes(frame[position : position + 4], "big")
+    # Writers differ on whether the frame of the tag itself and trailing tags count.
+    return start + declared - size > max(256, declared // 50)
+
+
+def _is_cut_gif(file: BinaryIO) -> bool:
+    """Walks from block to block to the trailer."""
+
+    def skip_colours(flags: int) -> None:
+        if flags & 0x80:
+            file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
+
+    file.seek(0)
+    screen = file.read(13)
+    if len(screen) < 13:
+        return True
+    skip_colours(screen[10])
+    while (kind := file.read(1)) != b";":
+        if kind == b",":
+            image = file.read(9)
+            if len(image) < 9:
+                return True
+            skip_colours(image[8])
+            # The code size.
+            file.seek(1, os.SEEK_CUR)
+        elif kind == b"!":
+            file.seek(1, os.SEEK_CUR)
+        else:
+            # Cut off, or no block at all, which is left to the decoder.
+            return not kind
+        while (length := file.read(1)) not in (b"", b"\0"):
+            file.seek(length[0], os.SEEK_CUR)
+        if not length:
+            return True
+    return False

@@ -13,11 +13,11 @@ from .media_source import MediaError, check_complete, label, one_line
 
 # FFmpeg also opens play lists, which may name other files and addresses; only self-contained formats are let in.
 SAFE_FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,ogg,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,nut,ivf,mjpeg,"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,ogg,mpegts,mpeg,flv,asf,nut,"
     "wav,w64,flac,mp3,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,dts"
 )
-# Formats without an index: there a seek lands anywhere, or reads everything.
-UNSEEKABLE_FORMATS = ("gif", "h264", "hevc", "m4v", "mpegvideo", "mjpeg", "ivf")
+# Formats without an index, where a seek only rewinds.
+UNSEEKABLE_FORMATS = ("gif",)
 
 
 def open_container(source: Path | bytes, name: str) -> av.container.InputContainer:
@@ -72,6 +72,7 @@ class _FrameReader:
     def __init__(self, container: av.container.InputContainer):
         self.container = container
         self.stream = container.streams.video[0]
+        self.beginning = self.stream.start_time or 0
         self.num_decoded = 0
 
     def read(self, num_frames: int) -> list[Image.Image]:
@@ -82,9 +83,7 @@ class _FrameReader:
             # Hardly any frames, or no duration: count them.
             return self._read_all(num_frames)
         ticks_per_frame = 1 / (fps * self.stream.time_base)
-        limits = _limits(self.stream.start_time or 0, ticks_per_frame, total, num_frames)
-        frames = self._read_by_seeking(limits, ticks_per_frame)
-        return frames or self._read_all(num_frames)
+        return self._read_by_seeking(total, num_frames, ticks_per_frame) or self._read_all(num_frames)
 
     def _duration(self) -> Fraction:
         """In seconds; 0 where the file does not tell."""
@@ -92,59 +91,67 @@ class _FrameReader:
             return self.stream.duration * self.stream.time_base
         return Fraction(self.container.duration or 0, av.time_base)
 
-    def _read_by_seeking(self, limits: list[Fraction], ticks_per_frame: Fraction) -> list[Image.Image]:
+    def _read_by_seeking(self, total: int, num_frames: int, ticks_per_frame: Fraction) -> list[Image.Image]:
         """Nothing where the file cannot be read this way."""
         try:
+            first = self._time_after_seek(self.beginning)
+            if first is None:
+                return []
+            limits = _limits(first, ticks_per_frame, total, num_frames)
             keyframes = [self._keyframe_before(limit) for limit in limits]
         except av.FFmpegError:
             return []
         return [] if None in keyframes else self._pick(limits, keyframes, ticks_per_frame)
 
-    def _keyframe_before(self, limit: Fraction) -> int | None:
-        """Time of the key frame to decode from in order to show what is on at `limit`. Demuxes a packet or two."""
-        start, back = self.stream.start_time or 0, 0
+    def _time_after_seek(self, target: int) -> int | None:
+        """Time of the first packet that a seek leads to."""
+        self.container.seek(target, stream=self.stream)
+        return next((packet.pts for packet in self.container.demux(self.stream) if packet.size), None)
+
+    def _keyframe_before(self, limit: Fraction) -> tuple[int, int] | None:
+        """Where to seek to in order to show what is on at `limit`, and the time of the key frame found there."""
+        back = 0
         while True:
-            target = max(int(limit) - back, start)
-            self.container.seek(target, stream=self.stream)
-            packet = next((packet for packet in self.container.demux(self.stream) if packet.size), None)
-            if packet is None or packet.pts is None:
+            target = max(int(limit) - back, self.beginning)
+            time = self._time_after_seek(target)
+            if time is None:
                 return None
-            if packet.pts <= limit:
-                return packet.pts
+            if time <= limit:
+                return target, time
             # Formats indexed by decoding time may land behind what is shown.
-            if target == start:
+            if target == self.beginning:
                 return None
             back = 2 * back or int(1 / self.stream.time_base)
 
     def _read_all(self, num_frames: int) -> list[Image.Image]:
         """One pass through the packets to count them, one through the frames."""
-        self._rewind()
+        self.container.seek(self.beginning, stream=self.stream)
         times = [packet.pts for packet in self.container.demux(self.stream) if packet.size]
         total = len(times)
-        self._rewind()
         if total <= num_frames:
+            self.container.seek(self.beginning, stream=self.stream)
             return [_upright(frame) for frame in islice(self._decode(), num_frames)]
         timed = None not in times
         times = sorted(times) if timed else range(total)
         # The mean rate: GIF frames last unequally long.
         ticks_per_frame = Fraction(times[-1] - times[0], total - 1)
         limits = _limits(times[0], ticks_per_frame, total, num_frames)
-        return self._pick(limits, [times[0]] * num_frames, ticks_per_frame, timed)
+        return self._pick(limits, [(self.beginning, times[0])] * num_frames, ticks_per_frame, timed)
 
     def _pick(
-        self, limits: list[Fraction], keyframes: list[int], ticks_per_frame: Fraction, timed: bool = True
+        self, limits: list[Fraction], keyframes: list[tuple[int, int]], ticks_per_frame: Fraction, timed: bool = True
     ) -> list[Image.Image]:
-        """For every limit, in rising order, the last frame that does not begin after it; nothing where one is missing.
+        """For every limit, in rising order, the last frame that does not begin after it; nothing if one is missing.
 
         `shown` is that frame; `ahead` is one decoded beyond it.
         """
         images: list[Image.Image] = []
         frames: Iterator[av.VideoFrame] = iter(())
         shown = ahead = None
-        for limit, keyframe in zip(limits, keyframes):
+        for limit, (target, keyframe) in zip(limits, keyframes):
             # Seek only where it skips something.
             if shown is None or keyframe > (ahead or shown).pts:
-                self.container.seek(keyframe if timed else 0, stream=self.stream)
+                self.container.seek(target, stream=self.stream)
                 frames, shown, ahead = self._decode(timed), None, None
             while ahead is None or ahead.pts <= limit:
                 if ahead is not None:
@@ -167,9 +174,6 @@ class _FrameReader:
                 frame.pts = index
             if frame.pts is not None:
                 yield frame
-
-    def _rewind(self) -> None:
-        self.container.seek(self.stream.start_time or 0, stream=self.stream)
 
 
 def _limits(start: int, ticks_per_frame: Fraction, total: int, num_frames: int) -> list[Fraction]:
