@@ -41,15 +41,14 @@ def assign_items(
     Raises:
         ValueError: when the counts do not match; names the argument, the text and both counts.
     """
-    kinds_of_texts = [list(kinds) for kinds in kinds_of_texts]
-    if sounds_alike:
-        given = [kind for kind in SOUNDS if count_items(arguments.get(kind))]
-        if len(given) == 1:
-            kinds_of_texts = [[given[0] if kind in SOUNDS else kind for kind in kinds] for kinds in kinds_of_texts]
+    given = [kind for kind in SOUNDS if count_items(arguments.get(kind))]
+    if sounds_alike and len(given) == 1:
+        kinds_of_texts = [[given[0] if kind in SOUNDS else kind for kind in kinds] for kinds in kinds_of_texts]
+        placeholders = {**placeholders, given[0]: " or ".join(placeholders[kind] for kind in SOUNDS)}
     queues = {}
     for kind in ARGUMENTS:
         counts = [kinds.count(kind) for kinds in kinds_of_texts]
-        queues[kind] = iter(_items_of_kind(kind, arguments.get(kind), counts, placeholders.get(kind, f"<{kind}>")))
+        queues[kind] = iter(_items_of_kind(kind, arguments.get(kind), counts, placeholders[kind]))
     return [[next(queues[kind]) for kind in kinds] for kinds in kinds_of_texts]
 
 
@@ -105,7 +104,8 @@ def _items_of_kind(kind: str, value: Any, counts: list[int], placeholder: str) -
 
 
 def _mismatch(argument: str, has: str, num_items: int, placeholder: str) -> str:
-    words = f"{placeholder[:1]} {placeholder[1:-1]} {placeholder[-1:]}"
+    example = placeholder.split()[0]
+    words = f"{example[:1]} {example[1:-1]} {example[-1:]}"
     return (
         f"{argument}=: {has}, but {_plural(num_items, 'item')} passed. Each {placeholder} takes exactly one item; "
         f"a text that only mentions the tag has to write it differently, for instance {words!r}."
