@@ -435,6 +435,29 @@ def test_long_video_is_read_by_seeking(tmp_path, name):
     assert num_decoded <= 8 * 12, f"{num_decoded} of 900 frames decoded"
 
 
+def test_number_of_frames_is_counted_as_the_original_does(tmp_path):
+    # 4.004 s is printed as 4.00 s, which makes 119 frames of 120, and 119 // 8 is 14.
+    path = write_video(str(tmp_path / "v.mp4"), 120, rate=Fraction(30000, 1001))
+    np.testing.assert_allclose(frame_numbers(load_video(path, 8)), [i * 14 for i in range(8)], atol=1)
+
+
+def test_sound_that_outlasts_the_video(tmp_path, tone):
+    path = str(tmp_path / "v.webm")
+    with av.open(path, "w") as container:
+        video, audio = container.add_stream("libvpx", rate=10), container.add_stream("libopus", rate=48000)
+        audio.layout = "mono"
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        for index in range(10):
+            pixels = np.full((32, 32, 3), 20 * index, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(np.tile(tone, 4)[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        for stream, last in ((video, None), (audio, frame), (audio, None)):
+            container.mux(stream.encode(last))
+    # 3.68 s at 10 frames a second are 36 frames, a quarter of which is 9; what is beyond the end is its last frame.
+    np.testing.assert_allclose(frame_numbers(load_video(path, 4)), [0, 90, 90, 90], atol=2)
+
+
 def test_near_frames_are_not_sought_twice(tmp_path):
     path = write_video(str(tmp_path / "v.mp4"), 40, gop=250)
     _, num_decoded = read_frames(Path(path), 8, "video")

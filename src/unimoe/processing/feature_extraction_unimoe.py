@@ -188,7 +188,7 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
         return self.speech_chunk_samples // self.hop_length
 
     def extract_audio(self, waveforms: Sequence[Any]) -> dict[str, Any]:
-        """BEATs filterbanks, section by section as the original makes them.
+        """BEATs filterbanks, chunk by chunk, as the original makes them.
 
         Args:
             waveforms: mono sounds, each [samples] in -1..1 at `sampling_rate`.

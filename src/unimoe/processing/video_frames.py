@@ -41,7 +41,7 @@ def open_container(source: Path | bytes, name: str) -> av.container.InputContain
 def read_frames(source: Path | bytes, num_frames: int, name: str) -> tuple[list[Image.Image], int]:
     """The frames shown at the times i * (total // num_frames) / fps, as the original system chooses them.
 
-    A file with fewer than `num_frames` frames gives all it has.
+    total is int(duration * fps). A file with fewer than `num_frames` frames gives all it has.
 
     Returns:
         The frames as RGB images, upright, and how many frames had to be decoded to get them.
@@ -78,18 +78,19 @@ class _FrameReader:
     def read(self, num_frames: int) -> list[Image.Image]:
         fps = self.stream.average_rate or self.stream.guessed_rate
         seekable = self.container.format.name not in UNSEEKABLE_FORMATS
-        total = int(self._duration() * fps) if seekable and fps and self.stream.time_base else 0
+        total = int(self._duration() * float(fps)) if seekable and fps and self.stream.time_base else 0
         if total < num_frames:
             # Hardly any frames, or no duration: count them.
             return self._read_all(num_frames)
         ticks_per_frame = 1 / (fps * self.stream.time_base)
         return self._read_by_seeking(total, num_frames, ticks_per_frame) or self._read_all(num_frames)
 
-    def _duration(self) -> Fraction:
-        """In seconds; 0 where the file does not tell."""
-        if self.stream.duration and self.stream.time_base:
-            return self.stream.duration * self.stream.time_base
-        return Fraction(self.container.duration or 0, av.time_base)
+    def _duration(self) -> float:
+        """In seconds; 0 where the file does not tell.
+
+        That of the whole file, its sound included, to a hundredth: the original reads what FFmpeg prints.
+        """
+        return round((self.container.duration or 0) / av.time_base, 2)
 
     def _read_by_seeking(self, total: int, num_frames: int, ticks_per_frame: Fraction) -> list[Image.Image]:
         """Nothing where the file cannot be read this way."""
