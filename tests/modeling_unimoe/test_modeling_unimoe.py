@@ -347,6 +347,14 @@ class TestSaving:
         for name, value in model.model.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[name], value)
 
+    def test_base_model_from_a_checkpoint_with_a_head_but_not_the_reverse(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "with_head")
+        loaded = AutoModel.from_pretrained(tmp_path / "with_head")
+        torch.testing.assert_close(loaded.language_model.norm.weight, model.model.language_model.norm.weight)
+        loaded.save_pretrained(tmp_path / "without_head")
+        with pytest.raises(ValueError, match="missing .lm_head.weight"):
+            AutoModelForMultimodalLM.from_pretrained(tmp_path / "without_head")
+
     def test_sharded_round_trip(self, model, tmp_path):
         model.save_pretrained(tmp_path, max_shard_size="100KB")
         assert (tmp_path / "model.safetensors.index.json").is_file()

@@ -3,6 +3,7 @@
 A family of checkpoints is a setting of these classes, never a class of its own.
 """
 
+import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -298,9 +299,9 @@ class UniMoEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # Both are constants of the class, see `to_dict`.
+        # Both are constants of the class, see `custom_pipelines` and `to_dict`.
         kwargs.pop("custom_pipelines", None)
-        kwargs.pop("auto_map", None)
+        kwargs["auto_map"] = dict(AUTO_MAP)
         default_connectors = {"vision": "mlp", "audio": "qformer", "speech": "whisper_decoder"}
         for tower, connector_type in default_connectors.items():
             name = f"{tower}_connector_config"
@@ -426,12 +427,12 @@ class UniMoEConfig(PreTrainedConfig):
     @property
     def custom_pipelines(self) -> dict[str, Any]:
         """The pipeline task for `trust_remote_code=True`; empty where the installed package has registered it."""
-        return CUSTOM_PIPELINES if type(self).__module__.startswith("transformers_modules") else {}
+        # A copy, since `pipeline` puts classes in the place of the names.
+        return copy.deepcopy(CUSTOM_PIPELINES) if type(self).__module__.startswith("transformers_modules") else {}
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output["auto_map"] = dict(AUTO_MAP)
-        output["custom_pipelines"] = CUSTOM_PIPELINES
+        output["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         return output
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import select_hidden_states
 
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
@@ -140,6 +141,18 @@ def _check_loading_info(folder, info: dict):
         )
 
 
+def _features(
+    selected: torch.Tensor, embeddings: torch.Tensor, tower_outputs: ModelOutput
+) -> BaseModelOutputWithPooling:
+    """What the `get_*_features` methods return: the tower's selected layer, what the connector made of it, and the rest."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=selected,
+        pooler_output=embeddings,
+        hidden_states=tower_outputs.hidden_states,
+        attentions=tower_outputs.attentions,
+    )
+
+
 def _build_backbone(
     config: UniMoEConfig, sub_config: PreTrainedConfig, sparsity: PreTrainedConfig | None
 ) -> PreTrainedModel:
@@ -177,6 +190,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
     `vision_connector`, `audio_connector`, `speech_connector`; always: `language_model`.
     """
 
+    # A checkpoint with a head serves the model without one.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
         width = config.text_config.hidden_size
@@ -205,6 +221,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
+    @select_hidden_states(lambda model: [model.config.vision_feature_layer])
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
@@ -215,7 +232,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
         Returns:
             `pooler_output` [N, P, H] replaces the placeholders; `last_hidden_state` is the tower's selected layer,
-            [N, P, tower width].
+            [N, P, tower width]; `hidden_states` and `attentions` are those of the tower.
 
         Raises:
             ValueError: The model has no vision tower, or the images have another size than it takes.
@@ -224,15 +241,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
         side = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f"`pixel_values` must be [N, 3, {side}, {side}], got {list(pixel_values.shape)}")
-        selected = self._select_vision_features(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=selected, pooler_output=self.vision_connector(selected))
-
-    def _select_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        layer = self.config.vision_feature_layer
-        kwargs.pop("output_hidden_states", None)
-        outputs = self.vision_tower(pixel_values, output_hidden_states=[layer], **kwargs)
-        selected = outputs.hidden_states[layer]
-        return selected[:, 1:] if self.config.vision_feature_select_strategy == "default" else selected
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        selected = outputs.hidden_states[self.config.vision_feature_layer]
+        if self.config.vision_feature_select_strategy == "default":
+            selected = selected[:, 1:]
+        return _features(selected, self.vision_connector(selected), outputs)
 
     @can_return_tuple
     def get_video_features(
@@ -249,6 +262,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
         Returns:
             `pooler_output` [N, P, H]; a video costs as many tokens as an image, and the order of its frames is lost.
+            `last_hidden_state` is the tower's selected layer, [N, F, P, tower width], zero for frames that are not real;
+            `hidden_states` and `attentions` are those of the tower, one row per real frame.
 
         Raises:
             ValueError: The model has no vision tower, a video has no frame, or frames have another size than it takes.
@@ -263,6 +278,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if video_frame_mask is None:
             outputs = self.get_image_features(frames, return_dict=True, **kwargs)
             outputs.pooler_output = outputs.pooler_output.unflatten(0, (num_videos, num_frames)).mean(dim=1)
+            outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, (num_videos, num_frames))
             return outputs
         # Padding frames are left out before the tower, which costs far more than this selection.
         is_real = video_frame_mask.flatten().bool()
@@ -271,6 +287,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
         features = outputs.pooler_output
         total = features.new_zeros((num_videos, *features.shape[1:])).index_add(0, video_index, features)
         outputs.pooler_output = total / video_frame_mask.sum(dim=1).to(total.dtype).view(-1, 1, 1)
+        selected = outputs.last_hidden_state
+        every_frame = selected.new_zeros((len(frames), *selected.shape[1:]))
+        every_frame[is_real] = selected
+        outputs.last_hidden_state = every_frame.unflatten(0, (num_videos, num_frames))
         return outputs
 
     @can_return_tuple
@@ -287,7 +307,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_values_mask: Int [N, frames], 1 for real frames; all are real where it is None.
 
         Returns:
-            `pooler_output` [N, Q, H]; `last_hidden_state` is the BEATs output.
+            `pooler_output` [N, Q, H]; `last_hidden_state`, `hidden_states` and `attentions` are those of BEATs.
 
         Raises:
             ValueError: The model has no audio tower.
@@ -296,9 +316,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         outputs = self.audio_tower(
             input_values.to(self.audio_tower.dtype), attention_mask=input_values_mask, return_dict=True, **kwargs
         )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state, pooler_output=self.audio_connector(outputs.last_hidden_state)
-        )
+        return _features(outputs.last_hidden_state, self.audio_connector(outputs.last_hidden_state), outputs)
 
     @can_return_tuple
     def get_speech_features(
@@ -310,16 +328,15 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_features: Float [N, mel bins, frames], Whisper log-mel spectrograms.
 
         Returns:
-            `pooler_output` [N, Q, H]; `last_hidden_state` is the Whisper encoder's output.
+            `pooler_output` [N, Q, H]; `last_hidden_state`, `hidden_states` and `attentions` are those of the Whisper
+            encoder.
 
         Raises:
             ValueError: The model has no speech tower.
         """
         self._require_tower("speech", input_features)
         outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state, pooler_output=self.speech_connector(outputs.last_hidden_state)
-        )
+        return _features(outputs.last_hidden_state, self.speech_connector(outputs.last_hidden_state), outputs)
 
     def _require_tower(self, modality: str, value: torch.Tensor):
         if modality not in self.config.input_modalities:
