@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import generate, info
+from .commands import convert, generate, info
 
-COMMANDS = (generate, info)
+COMMANDS = (generate, convert, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

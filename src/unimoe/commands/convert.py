@@ -1,0 +1,83 @@
+"""`unimoe convert`: original checkpoints to folders that Transformers loads."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("convert", help="convert an original checkpoint to a folder for Transformers")
+    families = parser.add_subparsers(dest="family", required=True)
+    uni_moe = families.add_parser(
+        "uni-moe",
+        help="Uni-MoE v1: audio, speech (e2, v1.5) and eight-expert releases",
+        description="Converts a Uni-MoE v1 release. Which one it is, is told by the files themselves.",
+    )
+    _add_path(uni_moe, "--base", "DIR", "folder of the base: decoder shards and tokenizer", required=True)
+    _add_path(uni_moe, "--checkpoint", "DIR", "fine-tuned folder: adapter, gates, aligner", required=True)
+    _add_path(uni_moe, "--vision-tower", "DIR", "CLIP folder", required=True)
+    _add_path(uni_moe, "--audio-tower", "FILE.pt", "BEATs file, for audio models")
+    _add_path(uni_moe, "--speech-tower", "DIR", "Whisper folder, for speech models")
+    _add_path(uni_moe, "--experts", "DIR", "folder of expert files, for the eight-expert model")
+    uni_moe.add_argument(
+        "--qformer-num-attention-heads",
+        metavar="N",
+        type=int,
+        help="heads of the audio model's Q-Former, which no file tells (default: its width / 64)",
+    )
+    _add_common(uni_moe)
+    uni_moe.set_defaults(run=run, plan=_plan_uni_moe)
+
+
+def _add_path(parser: argparse.ArgumentParser, option: str, metavar: str, help: str, required: bool = False) -> None:
+    parser.add_argument(option, metavar=metavar, type=Path, required=required, help=help)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_path(parser, "--output", "DIR", "the new folder", required=True)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="of the stored weights (default: float16, as the originals')"
+    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--no-remote-code", action="store_true", help="leave the code out of the folder")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans and converts. Raises ConversionError, with a message for the user, for whatever cannot be done."""
+    from ..conversion.convert import convert
+
+    conversion = args.plan(args)
+    report = convert(
+        conversion,
+        args.output,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        remote_code=not args.no_remote_code,
+        overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        push_to_hub=args.push_to_hub,
+        progress=sys.stderr.isatty(),
+    )
+    print(report)
+    return 0
+
+
+def _plan_uni_moe(args: argparse.Namespace):
+    from ..conversion.uni_moe import UniMoEPaths, plan_uni_moe
+
+    return plan_uni_moe(
+        UniMoEPaths(
+            base=args.base,
+            checkpoint=args.checkpoint,
+            vision_tower=args.vision_tower,
+            audio_tower=args.audio_tower,
+            speech_tower=args.speech_tower,
+            experts=args.experts,
+            qformer_num_attention_heads=args.qformer_num_attention_heads,
+        )
+    )

@@ -1,0 +1,87 @@
+"""Runs a planned conversion: weights and small files into a new folder, and from there to the Hub if asked for."""
+
+from pathlib import Path
+
+import torch
+
+from .errors import ConversionError
+from .family import Conversion
+from .folder import NO_TOKENIZER, build_processor, load_tokenizer, write_small_files
+from .plan import files_of, format_bytes
+from .writer import check_output, new_folder, write_weights
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def convert(
+    conversion: Conversion,
+    output: Path,
+    dtype: str = "float16",
+    max_shard_size: str = "5GB",
+    remote_code: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    push_to_hub: str | None = None,
+    progress: bool = True,
+) -> str:
+    """Writes a checkpoint folder.
+
+    Args:
+        conversion: From one of the families' readers.
+        output: The folder, which must not exist unless `overwrite`.
+        dtype: Of the stored weights: "float16", "bfloat16" or "float32".
+        max_shard_size: As `save_pretrained` takes it.
+        remote_code: Whether the folder shall load without this package.
+        overwrite: Replace a checkpoint that is there.
+        dry_run: Only tell what would be done.
+        push_to_hub: A repository to upload the finished folder to.
+        progress: Whether to show a bar on standard error.
+
+    Returns:
+        A text for people: the plan in a dry run, else what was written.
+
+    Raises:
+        ConversionError: An input is bad, or the output cannot be written; nothing is left behind then.
+    """
+    output = output.expanduser().absolute()
+    stored = DTYPES[dtype]
+    num_bytes = conversion.plan.num_bytes(stored)
+    for file in files_of(conversion.plan):
+        if output in (file.absolute(), *file.absolute().parents):
+            raise ConversionError(f"{output}: holds {file.name}, which is to be converted; choose another --output")
+    tokenizer = load_tokenizer(conversion)
+    processor = build_processor(conversion, tokenizer) if tokenizer is not None else None
+    if processor is None:
+        conversion.notes.append(f"There was {NO_TOKENIZER}.")
+    if dry_run:
+        notes = [f"note: {note}" for note in conversion.notes]
+        return "\n".join([f"{conversion.title} -> {output}", conversion.plan.describe(stored), *notes])
+    check_output(output, overwrite)
+    with new_folder(output, num_bytes, overwrite) as folder:
+        write_small_files(conversion, processor, folder, stored, remote_code, push_to_hub or output.name)
+        write_weights(conversion.plan.targets, folder, stored, max_shard_size, progress)
+    lines = [f"{conversion.title}: {format_bytes(num_bytes)} of {dtype} weights in {output}"]
+    lines += [f"note: {note}" for note in conversion.notes]
+    if push_to_hub is not None:
+        lines.append(f"uploaded to {upload(output, push_to_hub)}")
+    return "\n".join(lines)
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Uploads a finished folder; the repository is made, private, where there is none. Returns its address.
+
+    Raises:
+        ConversionError: The Hub refuses or cannot be reached. The folder stays as it is.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload converted checkpoint")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(f"{folder} is finished, but uploading it to {repository} failed: {reason}") from None
+    return str(address)

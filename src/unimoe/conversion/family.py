@@ -1,0 +1,39 @@
+"""What a family's reader hands to the writer: everything about a converted checkpoint but its bytes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..modeling_unimoe.configuration_unimoe import UniMoEConfig
+from .plan import Plan
+
+
+@dataclass
+class Conversion:
+    """A conversion that is planned and checked, so that only writing can still fail.
+
+    Args:
+        config: The model's configuration.
+        plan: Its tensors.
+        title: What is converted, for people.
+        inputs: What was read, by the option that named it.
+        licence: The licence notice of the model card.
+        tokenizer_folder: Where tokenizer files lie; None where there are none.
+        image_processor_folder: Where `preprocessor_config.json` of the vision tower lies.
+        feature_extractor: Settings of the feature extractor; None for a model without sound towers.
+        generation: Settings of the generation configuration: the originals' sampling.
+        chat_template: Jinja text; None for the processor's default.
+        notes: Remarks for the user, each a sentence.
+    """
+
+    config: UniMoEConfig
+    plan: Plan
+    title: str
+    inputs: dict[str, Path]
+    licence: str
+    tokenizer_folder: Path | None = None
+    image_processor_folder: Path | None = None
+    feature_extractor: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    notes: list[str] = field(default_factory=list)

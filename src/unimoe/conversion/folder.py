@@ -1,0 +1,126 @@
+"""The small files of a converted folder: configuration, generation settings, processor with tokenizer, code, model card."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .. import modeling_unimoe, processing
+from ..architecture import describe
+from ..processing.feature_extraction_unimoe import UniMoEFeatureExtractor
+from ..processing.processing_unimoe import UniMoEProcessor
+from .errors import ConversionError
+from .family import Conversion
+from .model_card import model_card
+from .sentencepiece_tokenizer import load_llama_tokenizer
+
+ARCHITECTURE = "UniMoEForConditionalGeneration"
+NO_TOKENIZER = (
+    "no tokenizer found, so the folder has no processor: the model loads and runs on ids and features, and a tokenizer can be "
+    "added by converting again"
+)
+
+
+def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
+    """The original's tokenizer with the four placeholders as special tokens, whose ids go into the configuration.
+
+    Returns:
+        None where the conversion names no folder with tokenizer files.
+    """
+    folder = conversion.tokenizer_folder
+    if folder is None:
+        return None
+    if (folder / "tokenizer.model").is_file():
+        tokenizer = load_llama_tokenizer(folder)
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        return None
+    names = ("image", "video", "audio", "speech")
+    tokenizer.add_tokens([f"<{name}>" for name in names], special_tokens=True)
+    for name in names:
+        setattr(conversion.config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<{name}>"))
+    return tokenizer
+
+
+def build_processor(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> UniMoEProcessor:
+    """The processor whose token counts are those of the model. Raises ConversionError where a part cannot be loaded."""
+    config = conversion.config
+    image_processor = None
+    if config.vision_config is not None:
+        try:
+            image_processor = CLIPImageProcessorPil.from_pretrained(conversion.image_processor_folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConversionError(f"{conversion.image_processor_folder}: preprocessor_config.json: {error}") from None
+        size = image_processor.crop_size
+        if {size["height"], size["width"]} != {config.vision_config.image_size}:
+            raise ConversionError(
+                f"{conversion.image_processor_folder}: preprocessor_config.json crops to {size['height']}x{size['width']}, the "
+                f"tower takes {config.vision_config.image_size}; the files do not belong together"
+            )
+    has_sound = config.audio_config is not None or config.speech_config is not None
+    return UniMoEProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        feature_extractor=UniMoEFeatureExtractor(**(conversion.feature_extractor or {})) if has_sound else None,
+        num_image_tokens=config.num_image_tokens,
+        num_video_tokens=config.num_image_tokens,
+        num_audio_tokens=config.num_audio_tokens,
+        num_speech_tokens=config.num_speech_tokens,
+        max_length=config.text_config.max_position_embeddings,
+        chat_template=conversion.chat_template,
+    )
+
+
+def write_small_files(
+    conversion: Conversion,
+    processor: UniMoEProcessor | None,
+    folder: Path,
+    dtype: torch.dtype,
+    remote_code: bool,
+    model_name: str,
+) -> None:
+    """Writes everything but the weights into `folder`."""
+    config = conversion.config
+    config.architectures = [ARCHITECTURE]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    text = config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id if processor is not None else text.pad_token_id,
+        **conversion.generation,
+    ).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    # `save_pretrained` copies some of the code by itself; what the folder gets is decided here alone.
+    for file in folder.glob("*.py"):
+        file.unlink()
+    if remote_code:
+        copy_code(folder)
+    else:
+        remove_code_references(folder)
+    card = model_card(conversion, describe(config), model_name, str(dtype).removeprefix("torch."), remote_code)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def copy_code(folder: Path) -> None:
+    """The modules that the folder needs to load without this package, side by side."""
+    for package in (modeling_unimoe, processing):
+        for file in Path(package.__file__).parent.glob("*.py"):
+            if file.name != "__init__.py":
+                shutil.copyfile(file, folder / file.name)
+
+
+def remove_code_references(folder: Path) -> None:
+    """Takes out of the JSON files what says that code lies beside them."""
+    for file in folder.glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not {"auto_map", "custom_pipelines"} & content.keys():
+            continue
+        content = {name: value for name, value in content.items() if name not in ("auto_map", "custom_pipelines")}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

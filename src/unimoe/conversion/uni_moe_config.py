@@ -1,0 +1,73 @@
+"""What the fields of an original Uni-MoE `config.json` become."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..modeling_unimoe.configuration_unimoe import UniMoEConfig
+from .errors import ConversionError
+
+LLAMA_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id pretraining_tp "
+    "attention_bias mlp_bias"
+).split()
+# LLaMA's, which the originals' code has as a constant.
+ROPE_THETA = 10000.0
+
+
+def text_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The decoder's settings. Raises ConversionError where the original asks for what cannot be done alike."""
+    missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if name not in config]
+    if missing:
+        raise ConversionError(f"{file}: {', '.join(missing)} missing; it is not the config.json of a Uni-MoE release")
+    fields = {name: config[name] for name in LLAMA_FIELDS if config.get(name) is not None}
+    scaling = config.get("rope_scaling")
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta") or ROPE_THETA}
+    if scaling:
+        rope.update(rope_type=scaling.get("rope_type", scaling.get("type")), factor=float(scaling["factor"]))
+    if config.get("tie_word_embeddings"):
+        raise ConversionError(f"{file}: tie_word_embeddings is true, which no Uni-MoE release has")
+    return {"model_type": "llama", **fields, "rope_parameters": rope, "tie_word_embeddings": False}
+
+
+def projector(config: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
+    """Settings of a projector from its field `name`: 'linear' (also where absent) or 'mlp<n>x_gelu'."""
+    kind = config.get(name) or "linear"
+    if kind == "linear":
+        return {"type": "linear", "num_layers": 1}
+    if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        return {"type": "mlp", "num_layers": int(match[1]), "hidden_act": "gelu"}
+    raise ConversionError(f"{file}: {name}={kind!r} is not supported; known are 'linear' and 'mlp<n>x_gelu'")
+
+
+def layer_pattern(indices: list[int], num_layers: int) -> str | list[int]:
+    """The name of a set of sparse layers, or the list itself."""
+    if indices == list(range(num_layers)):
+        return "all"
+    return "even" if indices == list(range(0, num_layers, 2)) else indices
+
+
+def sparsity(config: dict[str, Any], indices: list[int], file: Path, **more: Any) -> dict[str, Any] | None:
+    """Settings of the sparse layers; None for a decoder that has none."""
+    if not indices:
+        return None
+    missing = [name for name in ("num_experts", "num_experts_per_tok") if not isinstance(config.get(name), int)]
+    if missing:
+        raise ConversionError(f"{file}: {' and '.join(missing)} missing, though the weights have experts")
+    return {
+        "layers": layer_pattern(indices, config["num_hidden_layers"]),
+        "num_experts": config["num_experts"],
+        "top_k": config["num_experts_per_tok"],
+        "norm_topk_prob": True,
+        **more,
+    }
+
+
+def build(fields: dict[str, Any], file: Path) -> UniMoEConfig:
+    """The configuration, with the name of the original's file in front of whatever does not fit together."""
+    try:
+        return UniMoEConfig(**fields)
+    except (ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise ConversionError(f"{file}: {message}") from None
