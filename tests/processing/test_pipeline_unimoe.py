@@ -3,14 +3,13 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_processor import frames, image, sound, tiny_config_for, tiny_processor
+from tiny_processor import RATE, frames, image, sound, tiny_config_for, tiny_processor
 from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from unimoe import UniMoEForConditionalGeneration
 from unimoe.processing.pipeline_unimoe import AnyToTextPipeline
 
-RATE = 16000
 NEW = 6
 
 
@@ -116,7 +115,12 @@ def test_prompts_with_media(pipe):
     together = pipe(text=texts, images=images)
     alone = [pipe(text=text, images=items or None)[0] for text, items in zip(texts, images)]
     assert together == alone
-    assert pipe(text=texts, images=[image(0), image(1), image(2)]) == alone
+    assert pipe(text=texts, images=[image(0), image(1), image(2)], batch_size=2) == alone
+    videos = [[frames(2), frames(1)], [frames(3, seed=5)]]
+    sounds = [(sound(seed=1), RATE), (sound(seed=2), RATE)]
+    together = pipe(text=["<video><video> the <audio>", "<audio> is <video>"], videos=videos, audio=sounds)
+    alone = pipe(text="<audio> is <video>", videos=videos[1], audio=[sounds[1]])
+    assert together[1:] == alone
 
 
 def test_datasets_and_generators(pipe):
@@ -184,6 +188,11 @@ def test_processor_options(pipe):
         ({"text": {"text": "the", "picture": image()}}, "unknown key 'picture'"),
         ({"text": "the", "max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 3}}, "max_new_tokens: given both"),
         ({"text": "the", "return_full_text": True, "return_tensors": True}, "exclude each other"),
+        (
+            {"text": ["<image>", "the"], "images": [image(), image()]},
+            r"images=: the 2 texts have \(1 \+ 0\) 1 <image>",
+        ),
+        ({"text": ["<image>", "<image>"], "images": [image(), "/nowhere.png"]}, r"images\[1\].*no such file"),
         ({"text": "<image>"}, "images=: the text has 1 <image>, but 0 items"),
         ({"text": chat("the", {"type": "image"})}, "images=: .* but 0 items"),
     ],

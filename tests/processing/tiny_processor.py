@@ -15,6 +15,7 @@ from unimoe.processing.processing_unimoe import UniMoEProcessor
 NUM_TOKENS = {"image": 4, "video": 4, "audio": 3, "speech": 5}
 SPEECH_CHUNK = 40 * 160
 AUDIO_CHUNK = 400 + 63 * 160
+RATE = 16000
 
 
 def tiny_tokenizer() -> LlamaTokenizer:
@@ -63,3 +64,14 @@ def frames(count: int, seed: int = 0) -> list[Image.Image]:
 
 def sound(samples: int = 4000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)
+
+
+def media(text: str) -> dict[str, Any]:
+    """An item for each placeholder of a text, as arguments of the processor."""
+    items = {"images": image(), "videos": frames(2), "audio": (sound(), RATE), "speech": (sound(), RATE)}
+    counts = {name: text.count(f"<{name.removesuffix('s')}>") for name in items}
+    return {name: [items[name]] * count for name, count in counts.items() if count}
+
+
+def ids_of(processor: UniMoEProcessor, text: str, **kwargs: Any) -> list[int]:
+    return processor(text, **media(text), **kwargs)["input_ids"][0]

@@ -134,7 +134,8 @@ class AnyToTextPipeline(Pipeline):
                 answer as its last message; False only what is new.
             return_tensors: give `generated_token_ids` instead of a text.
             continue_final_message: go on with the last message of a chat; by default where that is an assistant's.
-            batch_size: how many inputs of a list, dataset or generator go through the model at a time.
+            batch_size: how many inputs of a list, dataset or generator go through the model at a time: 1 by default,
+                for prompts with media all.
             processor_kwargs and others: for the processor.
 
         Returns:
@@ -154,9 +155,12 @@ class AnyToTextPipeline(Pipeline):
                 f"{', '.join(name + '=' for name in media)} go with a prompt (a string or a list of strings); "
                 "a chat brings its items inside its messages."
             )
-        if isinstance(text, (list, tuple)):
-            kwargs.pop("batch_size", None)
-        return super().__call__({"text": text, **media}, **kwargs)
+        if isinstance(text, str):
+            return super().__call__({"text": text, **media}, **kwargs)
+        requests = self.processor.split(text, media, sampling_rate)
+        batch_size = kwargs.pop("batch_size", None) or self._batch_size or len(requests)
+        outputs = super().__call__(requests, batch_size=batch_size, **kwargs)
+        return [record for records in outputs for record in records]
 
     def preprocess(
         self,

@@ -5,7 +5,8 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from .call_options import CALL_OPTIONS, CallOptions
 from .chat_template import DEFAULT_CHAT_TEMPLATE
@@ -13,12 +14,23 @@ from .conversation import is_batch, read_conversation
 from .feature_extraction_unimoe import UniMoEFeatureExtractor
 from .media import check_media, load_audio, load_image, load_video
 from .media_features import image_pixels, on_pil_backend, video_pixels
-from .media_inputs import ARGUMENTS, SOUNDS, Slot, assign_items, count_items, flat_items, gather_items
+from .media_inputs import ARGUMENTS, SOUNDS, PerText, Slot, assign_items, count_items, flat_items, gather_items
 
 # Not used here. A processor that was loaded as remote code is saved with the files that this one imports; without this
 # line the pipeline that the model's config names would be left behind.
 from .pipeline_unimoe import AnyToTextPipeline  # noqa: F401
-from .prompting import Segment, check_texts, expand_segments, pad_rows, split_prompt, tokenize_pieces, truncate_row
+from .prompting import (
+    Piece,
+    Segment,
+    check_texts,
+    expand_segments,
+    pad_rows,
+    split_prompt,
+    tokenize_pieces,
+    truncate_row,
+)
+
+logger = logging.get_logger(__name__)
 
 
 class _PresentSubProcessors:
@@ -197,9 +209,7 @@ class UniMoEProcessor(ProcessorMixin):
         else:
             texts = check_texts(text)
             pieces = [split_prompt(text, self.placeholders) for text in texts]
-            kinds = [[piece.kind for piece in row if piece.kind is not None] for row in pieces]
-            self._check_towers(kinds, media)
-            slots_of_texts = assign_items(kinds, media, self.placeholders, self._sounds_alike)
+            slots_of_texts = self._assign(pieces, media)
             prompts = [tokenize_pieces(self.tokenizer, row, options.add_special_tokens) for row in pieces]
         self._check_items(slots_of_texts, options.sampling_rate)
         limits = (self.max_length, options.max_length if options.truncation else None)
@@ -235,6 +245,28 @@ class UniMoEProcessor(ProcessorMixin):
         if options.return_tensors is not None and len({len(row) for row in columns["input_ids"]}) > 1:
             raise ValueError("the texts have different lengths; pass padding=True to get tensors of them.")
         return BatchFeature({**columns, **features}, tensor_type=options.return_tensors)
+
+    def split(self, text: list[str], media: dict[str, Any], sampling_rate: int | None = None) -> list[dict[str, Any]]:
+        """The arguments of one call for each text, out of those for all of them.
+
+        Checks everything that `__call__` checks before it decodes. `media` has the names of `__call__`'s arguments.
+        """
+        texts = check_texts(text)
+        pieces = [split_prompt(text, self.placeholders) for text in texts]
+        slots_of_texts = self._assign(pieces, {kind: media.get(argument) for kind, argument in ARGUMENTS.items()})
+        self._check_items(slots_of_texts, sampling_rate)
+        calls = []
+        for text, slots in zip(texts, slots_of_texts):
+            call: dict[str, Any] = {"text": text}
+            for slot in slots:
+                call.setdefault(ARGUMENTS[slot.kind], PerText()).append(slot.item)
+            calls.append({name: [value] if isinstance(value, PerText) else value for name, value in call.items()})
+        return calls
+
+    def _assign(self, pieces: list[list[Piece]], media: dict[str, Any]) -> list[list[Slot]]:
+        kinds = [[piece.kind for piece in row if piece.kind is not None] for row in pieces]
+        self._check_towers(kinds, media)
+        return assign_items(kinds, media, self.placeholders, self._sounds_alike)
 
     @property
     def _sounds_alike(self) -> bool:
@@ -322,6 +354,7 @@ class UniMoEProcessor(ProcessorMixin):
         return_dict: bool = False,
         return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
+        load_audio_from_video: bool = False,
         tools: list[Any] | None = None,
         documents: list[dict[str, str]] | None = None,
         **kwargs: Any,
@@ -340,11 +373,15 @@ class UniMoEProcessor(ProcessorMixin):
             return_dict: False returns only `input_ids`.
             processor_kwargs: arguments of `__call__`; they may also be given directly. Items passed here fill the
                 blocks that give none, where none of that kind does.
+            load_audio_from_video: ignored, with a warning; a sound track is an item of its own.
             tools, documents, kwargs: variables of the template.
 
         Raises:
-            ValueError: for malformed messages, for a text that holds a placeholder, and what `__call__` raises.
+            ValueError, TypeError: for malformed messages, for a text that holds a placeholder, for an argument that
+                the template does not use, and what `__call__` raises.
         """
+        if load_audio_from_video:
+            logger.warning_once("load_audio_from_video is ignored: give a video's sound as a block of its own.")
         batched = is_batch(conversation)
         conversations, items = [], {kind: [] for kind in ARGUMENTS}
         for i, one in enumerate(conversation if batched else [conversation]):
@@ -358,11 +395,15 @@ class UniMoEProcessor(ProcessorMixin):
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them.")
         direct = {name: kwargs.pop(name) for name in {*CALL_OPTIONS, *ARGUMENTS.values()} & kwargs.keys()}
         options = {"return_tensors": return_tensors, **(processor_kwargs or {}), **direct}
+        template = self._resolve_chat_template(chat_template)
+        unknown = {name for name, value in kwargs.items() if value is not None} - _get_template_variables(template)
+        if unknown:
+            raise TypeError(f"unknown argument {', '.join(sorted(unknown))}: neither an option nor in the template.")
         texts, answer_spans = render_jinja_template(
             conversations=conversations,
             tools=tools,
             documents=documents,
-            chat_template=self._resolve_chat_template(chat_template),
+            chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
