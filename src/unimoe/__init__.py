@@ -11,7 +11,7 @@ from .modeling_unimoe.configuration_unimoe import (
 from .modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration, UniMoEModel, UniMoEPreTrainedModel
 from .modeling_unimoe.router import UniMoETopKRouter, fused_topk_router
 from .modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
-from .modeling_unimoe.sparsify import sparsify
+from .modeling_unimoe.sparsify import load_sparsified, sparsify
 from .processing.feature_extraction_unimoe import UniMoEFeatureExtractor
 from .processing.media import MediaError
 from .processing.pipeline_unimoe import AnyToTextPipeline
@@ -43,6 +43,7 @@ __all__ = [
     "UniMoESparsityConfig",
     "UniMoETopKRouter",
     "fused_topk_router",
+    "load_sparsified",
     "register",
     "sparsify",
     "tiny_checkpoint",

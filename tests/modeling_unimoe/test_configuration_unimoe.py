@@ -76,7 +76,7 @@ def test_default_placeholders_lie_behind_the_vocabulary():
         ("odd", [1, 3]),
         ("first_half", [0, 1]),
         ("second_half", [2, 3, 4]),
-        ([3, 1], [1, 3]),
+        ([3, 1], [3, 1]),
     ],
 )
 def test_layer_patterns(layers, expected):

@@ -376,11 +376,11 @@ def test_layer_rules(layers, expected):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"layers": "every"}, "layers must be one of"),
+        ({"layers": "every"}, "layers. must be one of"),
         ({"layers": []}, "chooses none"),
-        ({"layers": [4]}, "layers holds 4"),
-        ({"layers": [-1]}, "layers holds -1"),
-        ({"layers": [True]}, "layers holds True"),
+        ({"layers": [4]}, "layers. holds 4"),
+        ({"layers": [-1]}, "layers. holds -1"),
+        ({"layers": [True]}, "layers. holds True"),
         ({"layers": [1, 1]}, "twice"),
         ({"num_experts": [4]}, "num_experts has 1 entries"),
         ({"num_experts": 0}, "num_experts"),

@@ -4,6 +4,7 @@ A family of checkpoints is a setting of these classes, never a class of its own.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -30,6 +31,38 @@ CONNECTOR_TYPES = ("linear", "mlp", "qformer", "whisper_decoder")
 MODALITIES = ("image", "video", "audio", "speech")
 
 
+def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """The chosen layer indices of a stack of `num_layers`, listed ones in the order of the list.
+
+    Args:
+        layers: `"all"`, `"even"` (0, 2, ...), `"odd"`, `"first_half"`, `"second_half"`, or layer indices.
+
+    Raises:
+        ValueError: An unknown pattern, an index that the stack lacks or that stands there twice, or no layer at all.
+    """
+    patterns = {
+        "all": range(num_layers),
+        "even": range(0, num_layers, 2),
+        "odd": range(1, num_layers, 2),
+        "first_half": range(num_layers // 2),
+        "second_half": range(num_layers // 2, num_layers),
+    }
+    if isinstance(layers, str):
+        if layers not in patterns:
+            raise ValueError(f"`layers` must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
+        chosen = list(patterns[layers])
+    else:
+        chosen = list(layers)
+        for index in chosen:
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
+                raise ValueError(f"`layers` holds {index!r}, but the stack has the layers 0 to {num_layers - 1}")
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"`layers` holds an index twice: {chosen}")
+    if not chosen:
+        raise ValueError(f"`layers`={layers!r} chooses none of {num_layers} layers")
+    return chosen
+
+
 @strict
 class UniMoESparsityConfig(PreTrainedConfig):
     r"""
@@ -39,7 +72,7 @@ class UniMoESparsityConfig(PreTrainedConfig):
     Args:
         layers: Which layers hold experts: `"all"`, `"even"` (0, 2, 4, ...), `"odd"`, `"first_half"`, `"second_half"` or a
             list of layer indices. A connector has one MLP and ignores it.
-        num_experts: Experts per sparse layer; one number, or one per sparse layer in layer order.
+        num_experts: Experts per sparse layer; one number, or one per entry of `layers`.
         top_k: Experts that each token visits.
         norm_topk_prob: Whether the weights of the chosen experts are scaled to sum to one (Uni-MoE, MoE-LLaVA top-2, CuMo).
             Otherwise they are the probabilities over all experts.
@@ -66,8 +99,8 @@ class UniMoESparsityConfig(PreTrainedConfig):
         if isinstance(self.layers, str):
             if self.layers not in LAYER_PATTERNS:
                 raise ValueError(f"`layers` must be one of {LAYER_PATTERNS} or a list of indices, got {self.layers!r}")
-        elif not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"`layers` must list distinct layer indices from 0 on, got {self.layers}")
+        else:
+            resolve_layers(self.layers, max(self.layers, default=0) + 1)
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         if not counts or min(counts) < 2:
             raise ValueError(f"`num_experts` must be at least 2, got {self.num_experts}")
@@ -85,22 +118,12 @@ class UniMoESparsityConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
 
     def layer_indices(self, num_layers: int) -> list[int]:
-        """The sparse layers of a stack of `num_layers`, ascending.
+        """The sparse layers of a stack of `num_layers`, in the order in which `num_experts` counts for them.
 
         Raises:
             ValueError: `layers` names a layer that the stack lacks, or `num_experts` has not one count per sparse layer.
         """
-        half = num_layers // 2
-        patterns = {
-            "all": range(num_layers),
-            "even": range(0, num_layers, 2),
-            "odd": range(1, num_layers, 2),
-            "first_half": range(half),
-            "second_half": range(half, num_layers),
-        }
-        indices = sorted(self.layers) if isinstance(self.layers, list) else list(patterns[self.layers])
-        if not indices or indices[-1] >= num_layers:
-            raise ValueError(f"`layers`={self.layers} does not fit a stack of {num_layers} layers")
+        indices = resolve_layers(self.layers, num_layers)
         if isinstance(self.num_experts, list) and len(self.num_experts) != len(indices):
             raise ValueError(f"`num_experts` lists {len(self.num_experts)} counts for {len(indices)} sparse layers")
         return indices
@@ -332,7 +355,7 @@ class UniMoEConfig(PreTrainedConfig):
                 "num_attention_heads": config.get("num_attention_heads", UniMoEAudioConfig.num_attention_heads),
             }
         elif connector_type == "whisper_decoder":
-            backbone = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+            backbone = config
         return {"type": connector_type, "backbone_config": backbone}
 
     def _check_towers(self):

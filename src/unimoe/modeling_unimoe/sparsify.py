@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import (
     install_output_capuring_hook,
 )
 
+from .configuration_unimoe import resolve_layers
 from .router import UniMoETopKRouter, resolve_router_dtype
 from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
 
@@ -139,31 +140,6 @@ def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
             f"{getattr(config, CONFIG_KEY, None)}); load it with the class that saved it"
         )
     return sparse_class(stock_class, records=False).from_pretrained(folder, config=config, **kwargs)
-
-
-def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
-    """Layer numbers from a rule or a list; ValueError for an unknown rule or numbers that do not fit the model."""
-    rules = {
-        "all": range(num_layers),
-        "even": range(0, num_layers, 2),
-        "odd": range(1, num_layers, 2),
-        "first_half": range(num_layers // 2),
-        "second_half": range(num_layers // 2, num_layers),
-    }
-    if isinstance(layers, str):
-        if layers not in rules:
-            raise ValueError(f"layers must be one of {', '.join(rules)} or a list of layer numbers, got {layers!r}")
-        chosen = list(rules[layers])
-    else:
-        chosen = list(layers)
-        for index in chosen:
-            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
-                raise ValueError(f"layers holds {index!r}; the model has layers 0 to {num_layers - 1}")
-        if len(set(chosen)) != len(chosen):
-            raise ValueError(f"layers holds a number twice: {chosen}")
-    if not chosen:
-        raise ValueError(f"layers={layers!r} chooses none of the model's {num_layers} layers")
-    return chosen
 
 
 def _find_layers(model: PreTrainedModel) -> str:
