@@ -1,8 +1,8 @@
 """Fetches the test classes that Transformers runs on its own models, and imports them under a name of their own.
 
-They come in Transformers' source distribution, of exactly the installed version; nothing of them is kept in this project.
-The archive holds only the top level of Transformers' `tests` folder. What its modules import beyond that stands, in a short
-form of our own, in `stand_ins`.
+They come in Transformers' source distribution, of exactly the installed version; nothing of them is kept in this
+project. The archive holds only the top level of Transformers' `tests` folder. What its modules import beyond that is in
+`stand_ins`, in a short form of our own.
 """
 
 import importlib

@@ -26,7 +26,7 @@ class UniMoEConfigTest(unittest.TestCase):
         ConfigTester(self, config_class=UniMoEConfig, has_text_modality=False).run_common_tests()
 
     def test_towers(self):
-        # One at a time: the tests look a sub-config up in a folder by its type, and each connector is of the same type.
+        # One at a time: the tests find a sub-config in a folder by its type, and all connectors are of one type.
         for tower in TOWERS:
             absent = {f"{other}{suffix}": None for other in TOWERS if other != tower for suffix in SUFFIXES}
             # As a saved config.json holds them.

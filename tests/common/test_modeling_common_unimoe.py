@@ -3,8 +3,9 @@
 import unittest
 from unittest.mock import patch
 
+import torch
 from common.loading import load
-from tiny_models import num_placeholders, tiny_config, tiny_inputs, tiny_text_config
+from tiny_models import num_placeholders, tiny_config, tiny_inputs, tiny_text_config, tiny_whisper_config
 
 from unimoe import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEModel
 
@@ -40,7 +41,11 @@ class UniMoEModelTester:
         self.image_length = num_placeholders(config, "image")
 
     def get_config(self) -> UniMoEConfig:
-        return tiny_config(text_config=tiny_text_config(num_hidden_layers=2), **PLACEHOLDERS)
+        return tiny_config(
+            text_config=tiny_text_config(num_hidden_layers=2),
+            speech_config=tiny_whisper_config(encoder_layers=1),
+            **PLACEHOLDERS,
+        )
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
@@ -50,6 +55,8 @@ class UniMoEModelTester:
 class UniMoEModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (UniMoEModel, UniMoEForConditionalGeneration)
     _is_composite = True
+    # Which parameters must have one, `test_unused_parameters` says exactly.
+    test_all_params_have_gradient = False
 
     @classmethod
     def setUpClass(cls):
@@ -60,3 +67,49 @@ class UniMoEModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
 
     def setUp(self):
         self.model_tester = UniMoEModelTester()
+
+    def _audio_features_prepare_config_and_inputs(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        return config, {name: inputs[name] for name in ("input_values", "input_values_mask")}
+
+    # These two load checkpoints without most of their tensors, which UniMoE refuses unless told otherwise.
+    @patch.object(UniMoEModel, "strict_loading", False)
+    @patch.object(UniMoEForConditionalGeneration, "strict_loading", False)
+    def test_correct_missing_keys(self):
+        super().test_correct_missing_keys()
+
+    @patch.object(UniMoEModel, "strict_loading", False)
+    @patch.object(UniMoEForConditionalGeneration, "strict_loading", False)
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        super().test_model_weights_reload_no_missing_tied_weights()
+
+    def test_unused_parameters(self):
+        """Every parameter has a gradient but those of the vision tower behind the layer that is read."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = UniMoEForConditionalGeneration(config).train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+        behind = ("model.vision_tower.encoder.layers.1.", "model.vision_tower.post_layernorm.")
+        self.assertEqual(without, {name for name, _ in model.named_parameters() if name.startswith(behind)})
+
+    def test_get_speech_features(self):
+        """What the common tests ask of images, videos and audio, asked of speech."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            with self.subTest(model_class.__name__):
+                model = model_class(config).eval()
+                model.set_attn_implementation("eager")
+                with torch.no_grad():
+                    outputs = model.get_speech_features(
+                        inputs["input_features"], output_hidden_states=True, output_attentions=True
+                    )
+                    as_tuple = model.get_speech_features(inputs["input_features"], return_dict=False)
+                speech = config.speech_config
+                self.assertEqual(
+                    outputs.last_hidden_state.shape,
+                    (self.model_tester.batch_size, speech.max_source_positions, speech.d_model),
+                )
+                self.assertEqual(len(outputs.pooler_output), self.model_tester.batch_size)
+                self.assertEqual(len(outputs.hidden_states), speech.encoder_layers + 1)
+                self.assertEqual(len(outputs.attentions), speech.encoder_layers)
+                self.assertIsInstance(as_tuple, tuple)
