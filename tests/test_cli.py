@@ -1,0 +1,77 @@
+"""The console command: answers, exit statuses, and one line on standard error for whatever cannot be done."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unimoe import UniMoEForConditionalGeneration
+from unimoe.cli import main
+
+sys.path.append(str(Path(__file__).parent / "processing"))
+from tiny_processor import image, tiny_config_for, tiny_processor  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    processor = tiny_processor()
+    UniMoEForConditionalGeneration(tiny_config_for(processor)).save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    image().save(root / "image.png")
+    return root
+
+
+def test_generate_prints_the_answer(folder, capsys):
+    options = ["--model", str(folder / "model"), "--image", str(folder / "image.png"), "--max-new-tokens", "4"]
+    assert main(["generate", *options, "what is the"]) == 0
+    whole = capsys.readouterr().out
+    assert whole.strip()
+    assert main(["generate", *options, "--stream", "what is the"]) == 0
+    assert capsys.readouterr().out.split() == whole.split()
+
+
+def test_info(folder, capsys):
+    assert main(["info", str(folder / "model")]) == 0
+    printed = capsys.readouterr().out
+    for words in ("image, video, audio, speech", "4 in 2 layers (0, 2), top-2", "llama, 3 layers", "activated"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["generate", "--image", "absent.png", "hm"], "absent.png"),
+        (["generate", "--image", "image.txt", "hm"], "image.txt"),
+        (["generate", ""], "question is empty"),
+        (["generate", "--max-new-tokens", "0", "hm"], "--max-new-tokens"),
+        (["generate", "--model", ".", "hm"], "config.json"),
+        (["generate", "--model", "no/such/folder", "hm"], "no/such/folder"),
+        (["info", "."], "config.json"),
+    ],
+)
+def test_refusals(folder, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("image.txt").write_text("not an image")
+    if arguments[0] == "generate" and "--model" not in arguments:
+        arguments = ["generate", "--model", str(folder / "model"), *arguments[1:]]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    refusal = [line for line in printed.err.splitlines() if line.startswith("unimoe")]
+    assert len(refusal) == 1 and words in refusal[0]
+    assert "Traceback" not in printed.err and not printed.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["info"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "unimoe", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "generate" in done.stdout
