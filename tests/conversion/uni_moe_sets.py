@@ -1,0 +1,119 @@
+"""The recorded cases of the Uni-MoE originals, brought into one form whatever set they come from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN_FOLDERS = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "fixtures" / "golden")
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions."
+)
+SENTINELS = {-200: "image", -300: "sound", -400: "video"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A release in a set: its folders, its recorded cases, and the smallest tolerance that the set's README allows."""
+
+    golden: str
+    cases: str
+    base: str
+    checkpoint: str
+    sound: str
+    logits_atol: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.golden}-{self.cases}"
+
+
+VARIANTS = [
+    Variant("unimoe_audio", "cases", "Uni-MoE-audio-base", "Uni-MoE-audio-e2", "audio", 1e-3),
+    Variant("unimoe_speech", "cases_e2", "Uni-MoE-speech-base", "Uni-MoE-speech-e2", "speech", 1e-4),
+    Variant("unimoe_speech", "cases_v1.5", "Uni-MoE-speech-base-interval", "Uni-MoE-speech-v1.5", "speech", 1e-4),
+    Variant("unimoe_8e", "cases_dense", "Uni-MoE-speech-base", "Uni_MoE_8e_e2", "speech", 1e-4),
+    Variant("unimoe_8e", "cases_sparse", "Uni-MoE-speech-base-interval", "Uni_MoE_8e_e2-sparse", "speech", 1e-4),
+]
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def find_set(name: str) -> Path | None:
+    """The `public` folder of a set, None where no copy of it exists."""
+    folders = (folder / name / "public" for folder in GOLDEN_FOLDERS)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def read_cases(variant: Variant) -> dict[str, dict]:
+    """The facts that go with each case of prompts; `train_*` and `batch_*` are batches with labels."""
+    folder = find_set(variant.golden)
+    if folder is None:
+        return {}
+    content = json.loads((folder / f"{variant.cases}.json").read_text())
+    return {name: facts for name, facts in content.get("cases", content).items() if _is_case(facts)}
+
+
+def _is_case(facts) -> bool:
+    return isinstance(facts, dict) and ("input_ids" in facts or "seq_len_spliced" in facts or "samples" in facts)
+
+
+def read_tensors(variant: Variant) -> dict[str, torch.Tensor]:
+    return load_file(find_set(variant.golden) / f"{variant.cases}.safetensors")
+
+
+def arguments(variant: Variant) -> list[str]:
+    """What `unimoe convert` is given for a release of a set."""
+    checkpoint = find_set(variant.golden) / "checkpoint"
+    args = ["--base", checkpoint / variant.base, "--checkpoint", checkpoint / variant.checkpoint]
+    args += ["--vision-tower", checkpoint / "clip-vit-large-patch14-336"]
+    if variant.sound == "audio":
+        args += ["--audio-tower", checkpoint / "BEATs_iter3_plus_AS2M.pt"]
+        args += ["--qformer-num-attention-heads", qformer_heads(find_set(variant.golden))]
+    else:
+        args += ["--speech-tower", checkpoint / "whisper-small"]
+    if variant.golden == "unimoe_8e":
+        args += ["--experts", checkpoint / "Uni_MoE_8e_Experts"]
+    return [str(arg) for arg in args]
+
+
+def qformer_heads(folder: Path) -> int:
+    """Heads of a set's Q-Former, which only the record of how the set was made tells."""
+    return json.loads((folder / "cases.json").read_text())["_config"]["qf"]["num_attention_heads"]
+
+
+def case_tensors(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
+    # Copies, since safetensors hands out unaligned memory, which alone changes the last bits of a matmul.
+    return {name[len(case) + 1 :]: value.clone() for name, value in tensors.items() if name.startswith(f"{case}.")}
+
+
+def expand(ids: list[int], counts: list[int], config, sound: str) -> list[int]:
+    """A recorded row of ids, each sentinel as `counts` times the placeholder of its kind, in order."""
+    placeholders = {
+        "image": config.image_token_id,
+        "video": config.video_token_id,
+        "sound": getattr(config, f"{sound}_token_id"),
+    }
+    remaining = iter(counts)
+    row: list[int] = []
+    for token in ids:
+        row += [placeholders[SENTINELS[token]]] * next(remaining) if token in SENTINELS else [token]
+    return row
+
+
+def render(conversation: list[dict[str, str]]) -> str:
+    """A sample's turns as the originals write them; an empty answer leaves the prompt open."""
+    text = SYSTEM + " "
+    for turn in conversation:
+        if turn["from"] == "human":
+            text += f"USER: {turn['value']} "
+        else:
+            text += f"ASSISTANT: {turn['value']}</s>" if turn["value"] else "ASSISTANT:"
+    return text
+
+
+def router_choices(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    return logits.topk(top_k, dim=-1).indices
