@@ -40,11 +40,22 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float16", help="of the stored weights (default: float16, as the originals')"
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="largest file of weights (default: 5GB)"
+    )
     parser.add_argument("--no-remote-code", action="store_true", help="leave the code out of the folder")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
+
+
+def _size(text: str) -> int:
+    from ..conversion.writer import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ def convert(
     conversion: Conversion,
     output: Path,
     dtype: str = "float16",
-    max_shard_size: str = "5GB",
+    max_shard_size: int = 5 * 1000**3,
     remote_code: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -30,7 +30,7 @@ def convert(
         conversion: From one of the families' readers.
         output: The folder, which must not exist unless `overwrite`.
         dtype: Of the stored weights: "float16", "bfloat16" or "float32".
-        max_shard_size: As `save_pretrained` takes it.
+        max_shard_size: Of a file of weights, in bytes.
         remote_code: Whether the folder shall load without this package.
         overwrite: Replace a checkpoint that is there.
         dry_run: Only tell what would be done.

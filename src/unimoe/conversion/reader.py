@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ SAFETENSORS_DTYPES = {
 # What a checkpoint folder calls its weights, the preferred first.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_PATTERNS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-DAMAGED = "is truncated or corrupt; download it again"
+DAMAGED = "truncated or corrupt; download it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,10 @@ class SourceTensor:
             while done < len(buffer):
                 count = file.readinto(buffer[done:])
                 if not count:
-                    raise ConversionError(f"{self.file}: the file ends inside tensor {self.name!r}: it {DAMAGED}")
+                    raise ConversionError(f"{self.file}: the file ends inside tensor {self.name!r}: {DAMAGED}")
                 done += count
         if self.crc32 is not None and zlib.crc32(buffer) != self.crc32:
-            raise ConversionError(f"{self.file}: tensor {self.name!r} fails its checksum: the file {DAMAGED}")
+            raise ConversionError(f"{self.file}: tensor {self.name!r} fails its checksum: {DAMAGED}")
         return flat.as_strided(self.shape, stride)
 
     def write(self, out: torch.Tensor) -> None:
@@ -123,7 +124,7 @@ def read_weights(folder: Path, hint: str = "") -> dict[str, SourceTensor]:
 def _shards(index: Path, hint: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index}: no 'weight_map' in it; the index {DAMAGED}")
+        raise ConversionError(f"{index}: no 'weight_map' in it: {DAMAGED}")
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -163,7 +164,8 @@ def read_pickle(file: Path) -> Any:
         ConversionError: As `read_file`.
     """
     _require_file(file)
-    is_zip = zipfile.is_zipfile(file)
+    with open(file, "rb") as raw:
+        is_zip = raw.read(2) == b"PK"
     try:
         if is_zip:
             checksums = _zip_checksums(file)
@@ -172,22 +174,44 @@ def read_pickle(file: Path) -> Any:
         else:
             # torch wrote no zip archives before version 1.6; such a file can only be read as a whole.
             checksums = {}
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[^\w]+([\w.]+)", str(error))
-        if code:
-            name = code[1] or code[2]
+        code = re.search(r"(?:GLOBAL|class) ([\w.]*\.\w+)", str(error))
+        if code or _is_plain_pickle(file):
+            name = f" ({code[1]})" if code else ""
             raise ConversionError(
-                f"{file}: refused, because it holds pickled code ({name}), which a file of weights has no need of; nothing of "
-                "it was run. Take the file from its original source, or use a .safetensors version"
+                f"{file}: refused, because it holds pickled code{name} beside or instead of tensors; nothing of it was run. "
+                "Take the file from its original source, or use a .safetensors version"
             ) from None
-        raise ConversionError(f"{file}: {DAMAGED}") from None
+        raise ConversionError(f"{file}: {_what_else(file) or DAMAGED}") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, TypeError, zipfile.BadZipFile) as error:
         if isinstance(error, ConversionError):
             raise
+        if other := _what_else(file):
+            raise ConversionError(f"{file}: {other}") from None
         detail = str(error).strip().splitlines()
         raise ConversionError(f"{file}: {DAMAGED} ({detail[0] if detail else type(error).__name__})") from None
     return _replace_tensors(content, file, "", checksums)
+
+
+def _is_plain_pickle(file: Path) -> bool:
+    """Whether a file is a pickle of protocol 3 or later, which torch.save never writes."""
+    with open(file, "rb") as raw:
+        start = raw.read(2)
+    return start[:1] == b"\x80" and start[1:] in (b"\x03", b"\x04", b"\x05")
+
+
+def _what_else(file: Path) -> str | None:
+    """What a file is that downloads often leave in the place of weights."""
+    with open(file, "rb") as raw:
+        start = raw.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` or download the file"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page, not the file itself; download it again, with access to the repository"
+    return None
 
 
 def _zip_checksums(file: Path) -> dict[int, tuple[int, int]]:
@@ -250,7 +274,7 @@ def _read_safetensors(file: Path) -> dict[str, SourceTensor]:
                 raise ValueError(f"tensor {name!r} does not lie inside the file")
             tensors[name] = tensor
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{file}: {DAMAGED} ({error})") from None
+        raise ConversionError(f"{file}: {_what_else(file) or f'{DAMAGED} ({error})'}") from None
     return tensors
 
 

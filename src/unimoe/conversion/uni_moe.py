@@ -104,7 +104,7 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
     plan = account.plan(targets)
     try:
         plan.check(model_shapes(model_config))
-    except ConversionError as error:
+    except (ConversionError, AssertionError, RuntimeError, TypeError) as error:
         raise ConversionError(f"{paths.checkpoint} with {paths.base}: {error}") from None
     speech = model_config.speech_config
     return Conversion(
@@ -283,6 +283,8 @@ def _qformer_config(aligner: dict[str, Expression], num_heads: int | None) -> di
             f"the Q-Former is {width} wide, and no file tells its number of attention heads: pass "
             "--qformer-num-attention-heads"
         )
+    if num_heads is not None and (num_heads < 1 or width % num_heads):
+        raise ConversionError(f"--qformer-num-attention-heads {num_heads} does not divide the Q-Former's width, {width}")
     return {
         "hidden_size": width,
         "encoder_hidden_size": aligner[f"{layers}.{crossing[0]}.crossattention.attention.key.weight"].shape[1],

@@ -5,6 +5,7 @@ not at all.
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,29 +80,35 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _replace(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
     # Two renames, since a folder cannot be renamed onto one that is not empty; the old one goes last.
     old = output.with_name(output.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    output.rename(old)
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
     partial.rename(output)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" or "200 MB". Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is not a size; write it like '5GB' or '500MB'")
+    return int(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(match[2]))
 
 
 def write_weights(
     targets: Mapping[str, Expression],
     folder: Path,
     dtype: torch.dtype,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: int = 5 * 1000**3,
     progress: bool = True,
 ) -> int:
     """Writes all tensors, cast to `dtype`, as `model.safetensors` or its shards, with an index in either case.
 
     Args:
         targets: Tensors by their names.
-        max_shard_size: As `save_pretrained` takes it, such as "5GB"; a larger tensor gets a shard of its own.
+        max_shard_size: In bytes; a larger tensor gets a shard of its own.
         progress: Whether to show a bar on standard error.
 
     Returns:
