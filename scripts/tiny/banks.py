@@ -101,27 +101,38 @@ def _work(
     return [item.facts for item in items], [codec.encode(CONTENT_TYPES[kind], item.media) for item in items]
 
 
-def load_bank(processor: Any, kind: str, split: str, size: int, seed: int, cache: Path, workers: int) -> Bank:
-    """The first `size` items of a kind and split, from the cache folder if they are there."""
-    path = cache / f"{kind}-{split}-{size}-{seed}.npz"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        shares = [range(start, min(start + CHUNK_OF_WORK, size)) for start in range(0, size, CHUNK_OF_WORK)]
+def load_banks(
+    processor: Any, sizes: dict[str, int], split: str, seed: int, cache: Path, workers: int
+) -> dict[str, Bank]:
+    """The first `sizes[kind]` items of each kind, from the cache folder if they are there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    paths = {kind: cache / f"{kind}-{split}-{size}-{seed}.npz" for kind, size in sizes.items()}
+    missing = {kind: sizes[kind] for kind, path in paths.items() if not path.exists()}
+    if missing:
         # A forked process could inherit locks that torch's threads hold.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(partial(_work, processor, kind, split, seed), shares))
-        facts = [fact for share, _ in results for fact in share]
-        items = [parts for _, share in results for parts in share]
-        flat = [part for parts in items for part in parts]
-        partial_path = path.with_suffix(".partial.npz")
-        np.savez(
-            partial_path,
-            facts=np.array(json.dumps(facts)),
-            values=np.concatenate(flat),
-            lengths=np.array([len(part) for part in flat]),
-            counts=np.array([len(parts) for parts in items]),
-        )
-        partial_path.rename(path)
+            for kind, size in missing.items():
+                shares = [range(start, min(start + CHUNK_OF_WORK, size)) for start in range(0, size, CHUNK_OF_WORK)]
+                results = list(pool.map(partial(_work, processor, kind, split, seed), shares))
+                facts = [fact for share, _ in results for fact in share]
+                _save(paths[kind], facts, [parts for _, share in results for parts in share])
+    return {kind: _load(kind, path) for kind, path in paths.items()}
+
+
+def _save(path: Path, facts: list[dict[str, Any]], items: list[list[np.ndarray]]) -> None:
+    flat = [part for parts in items for part in parts]
+    unfinished = path.with_suffix(".unfinished.npz")
+    np.savez(
+        unfinished,
+        facts=np.array(json.dumps(facts)),
+        values=np.concatenate(flat),
+        lengths=np.array([len(part) for part in flat]),
+        counts=np.array([len(parts) for parts in items]),
+    )
+    unfinished.rename(path)
+
+
+def _load(kind: str, path: Path) -> Bank:
     with np.load(path, allow_pickle=False) as stored:
         facts = json.loads(str(stored["facts"]))
         return Bank(kind, facts, stored["values"], stored["lengths"], stored["counts"])

@@ -11,13 +11,14 @@ import time
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import unimoe
 
 from .items import Item, make_item
-from .questions import MODALITIES, TASKS, Task, messages
+from .questions import MODALITIES, TASKS, Task, messages, word_question
 
 TARGETS = {"image": 95.0, "video": 95.0, "audio": 95.0, "speech": 95.0, "mixed": 90.0}
 BATCH_SIZE = 20
@@ -30,16 +31,17 @@ def _held_out(kind: str, index: int, seed: int) -> Item:
 
 
 def questions(task: Task, count: int, seed: int) -> list[tuple[list, str]]:
-    """`count` conversations with their right answers; phrasings take turns."""
+    """`count` conversations with their right answers."""
     asked: list[tuple[list, str]] = []
+    rng = np.random.default_rng(seed)
     index = 0
     while len(asked) < count:
         items = [_held_out(kind, index, seed) for kind in task.items]
         index += 1
         facts = {name: value for item in items for name, value in item.facts.items()}
         if task.makes_sense(facts):
-            phrasing = task.phrasings[len(asked) % len(task.phrasings)]
-            asked.append((messages(task.content_types, [item.media for item in items], phrasing), task.answer(facts)))
+            media = [item.media for item in items]
+            asked.append((messages(task.content_types, media, word_question(rng, task, facts)), task.answer(facts)))
     return asked
 
 

@@ -81,8 +81,10 @@ def _event(rng: np.random.Generator, held_out: bool) -> Item:
     name = _pick(rng, sound_data.EVENTS)
     facts: dict[str, Any] = {"event": name}
     if name == "tone":
-        facts["pitch"] = _pick(rng, ("low", "high"))
-        return Item("event", facts, sound_data.tone(rng, high=facts["pitch"] == "high"))
+        height = _pick(rng, sound_data.PITCHES)
+        if height != "middle":
+            facts["pitch"] = height
+        return Item("event", facts, sound_data.tone(rng, height))
     if name == "beeps":
         facts["beeps"] = int(rng.integers(2, sound_data.MAX_BEEPS + 1))
         return Item("event", facts, sound_data.beeps(rng, facts["beeps"]))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .items import CONTENT_TYPES
 from .sound_data import SAMPLING_RATE
 
@@ -19,7 +21,7 @@ class Task:
     Args:
         modality: The row of the results table that it counts for.
         items: Kinds of item, in the order in which they stand in the prompt.
-        phrasings: Ways to ask; an empty one leaves the asking to the spoken item.
+        phrasings: Ways to ask; an empty one leaves the asking to the spoken item. May name `{shapes}`, from the facts.
         answer: The right answer from the facts of the items (those of several items joined in one dict).
         needs: A fact that the items must have for the question to make sense, as `(name, value or None for any)`.
         weight: How often it is asked in training, relative to the others.
@@ -43,14 +45,27 @@ class Task:
         return name in facts and (value is None or facts[name] == value)
 
 
+def plural(shape: str) -> str:
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
+
+
 def _describe(facts: Facts) -> str:
-    plural = "" if facts["count"] == 1 else "es" if facts["shape"] == "cross" else "s"
-    return f"{facts['count']} {facts['colour']} {facts['shape']}{plural}"
+    shape = facts["shape"] if facts["count"] == 1 else plural(facts["shape"])
+    return f"{facts['count']} {facts['colour']} {shape}"
 
 
-COLOUR = ("what colour is it?", "which colour is it?", "what colour do you see?", "name the colour.")
+COLOUR = (
+    "what colour is it?",
+    "which colour is it?",
+    "what color is it?",
+    "what colour do you see?",
+    "name the colour.",
+)
 SHAPE = ("what shape is it?", "which shape is it?", "what shape do you see?", "name the shape.")
-COUNT = ("how many are there?", "how many shapes are there?", "how many do you see?", "count the shapes.")
+COUNT = (
+    *("how many are there?", "how many shapes are there?", "how many {shapes} are there?"),
+    *("how many do you see?", "how many {shapes} do you see?", "count the {shapes}."),
+)
 DIGIT = ("what digit is this?", "which digit is it?", "what digit do you see?", "read the digit.")
 DESCRIBE = ("describe the picture.", "what is in the picture?", "what do you see?")
 MOTION = ("does it move?", "is it moving?", "does the shape move?")
@@ -71,7 +86,7 @@ TASKS: dict[str, Task] = {
     "video: motion": Task("video", ("shape_video",), MOTION, lambda f: "yes" if f["moves"] else "no"),
     "video: digit": Task("video", ("digit_video",), DIGIT, lambda f: str(f["digit"]), weight=1.5),
     "audio: event": Task("audio", ("event",), EVENT, lambda f: f["event"], weight=1.5),
-    "audio: pitch": Task("audio", ("event",), PITCH, lambda f: f["pitch"], needs=("event", "tone"), weight=0.5),
+    "audio: pitch": Task("audio", ("event",), PITCH, lambda f: f["pitch"], needs=("pitch", None), weight=0.5),
     "audio: beeps": Task("audio", ("event",), BEEPS, lambda f: str(f["beeps"]), needs=("event", "beeps"), weight=0.7),
     "speech: word": Task("speech", ("word",), WORD, lambda f: f["word"], weight=3.0),
     "mixed: picture, spoken colour question": Task(
@@ -115,12 +130,26 @@ TASKS: dict[str, Task] = {
 MODALITIES = ("image", "video", "audio", "speech", "mixed")
 
 
-def messages(content_types: tuple[str, ...], media: list[Any], phrasing: str) -> list[dict[str, Any]]:
-    """The chat turn that asks: the items (sounds at SAMPLING_RATE) in order, then the text if there is any."""
+def word_question(rng: np.random.Generator, task: Task, facts: Facts) -> str:
+    """A phrasing as people type it: some with a capital letter in front, some without the last sign."""
+    phrasing = task.phrasings[rng.integers(len(task.phrasings))]
+    if "{shapes}" in phrasing:
+        phrasing = phrasing.format(shapes=plural(facts["shape"]))
+    if rng.random() < 0.3:
+        phrasing = phrasing[:1].upper() + phrasing[1:]
+    if rng.random() < 0.1:
+        phrasing = phrasing[:-1]
+    return phrasing
+
+
+def messages(
+    content_types: tuple[str, ...], media: list[Any], phrasing: str, text_first: bool = False
+) -> list[dict[str, Any]]:
+    """The chat turn that asks: the items (sounds at SAMPLING_RATE) in order, and the text if there is any."""
     content = [{"type": kind, kind: item} for kind, item in zip(content_types, media)]
     for block in content:
         if block["type"] in ("audio", "speech"):
             block["sampling_rate"] = SAMPLING_RATE
     if phrasing:
-        content.append({"type": "text", "text": phrasing})
+        content.insert(0 if text_first else len(content), {"type": "text", "text": phrasing})
     return [{"role": "user", "content": content}]

@@ -7,9 +7,8 @@ import numpy as np
 SAMPLING_RATE = 16_000
 EVENTS = ("tone", "rising chirp", "falling chirp", "noise", "clicks", "siren", "beeps")
 MAX_BEEPS = 4
-# A gap of an octave between "low" and "high" keeps the question fair.
-LOW_PITCH = (180.0, 500.0)
-HIGH_PITCH = (1200.0, 3400.0)
+# The gap of an octave keeps the question for low or high fair; a middle tone is never asked about.
+PITCHES = {"low": (150.0, 500.0), "middle": (500.0, 1200.0), "high": (1200.0, 3600.0)}
 
 
 def _sine(frequency: np.ndarray) -> np.ndarray:
@@ -24,28 +23,34 @@ def _fade(sound: np.ndarray, seconds: float = 0.01) -> np.ndarray:
     return sound
 
 
+def _seconds(rng: np.random.Generator, shortest: float, longest: float) -> np.ndarray:
+    """Sample times of a sound of random length; one in eight is longer than the model hears in one piece."""
+    stretch = 2.2 if rng.random() < 0.125 else 1.0
+    return np.arange(int(stretch * rng.uniform(shortest, longest) * SAMPLING_RATE)) / SAMPLING_RATE
+
+
 def _finish(rng: np.random.Generator, sound: np.ndarray) -> np.ndarray:
-    """Random level, some silence around, a noise floor 28 to 50 dB below the sound; float32 in [-1, 1]."""
-    level = rng.uniform(0.15, 0.9)
-    before, after = (int(rng.uniform(0, 0.3) * SAMPLING_RATE) for _ in range(2))
+    """Random level, some silence around, mostly a noise floor 28 to 60 dB below the sound; float32 in [-1, 1]."""
+    level = rng.uniform(0.1, 0.95)
+    before, after = (int(max(rng.uniform(-0.1, 0.3), 0) * SAMPLING_RATE) for _ in range(2))
     sound = np.concatenate([np.zeros(before), level * sound, np.zeros(after)])
-    sound = sound + rng.normal(0, level * 10 ** (-rng.uniform(28, 50) / 20), len(sound))
+    if rng.random() < 0.7:
+        sound = sound + rng.normal(0, level * 10 ** (-rng.uniform(28, 60) / 20), len(sound))
     return np.clip(sound, -1, 1).astype(np.float32)
 
 
-def tone(rng: np.random.Generator, high: bool | None = None) -> np.ndarray:
-    """A steady tone with some overtones, low or high (either when `high` is None)."""
-    high = bool(rng.integers(2)) if high is None else high
-    pitch = np.exp(rng.uniform(*np.log(HIGH_PITCH if high else LOW_PITCH)))
-    frequency = np.full(int(rng.uniform(0.5, 3.5) * SAMPLING_RATE), pitch)
-    overtones = rng.uniform(0, 0.3, 2)
+def tone(rng: np.random.Generator, height: str) -> np.ndarray:
+    """A steady tone with some overtones; `height` is one of PITCHES."""
+    pitch = np.exp(rng.uniform(*np.log(PITCHES[height])))
+    frequency = np.full(len(_seconds(rng, 0.5, 3.8)), pitch)
+    overtones = rng.uniform(0, 0.3, 2) * rng.integers(2)
     sound = _sine(frequency) + overtones[0] * _sine(2 * frequency) + overtones[1] * _sine(3 * frequency)
     return _finish(rng, _fade(sound / np.abs(sound).max()))
 
 
 def beeps(rng: np.random.Generator, count: int) -> np.ndarray:
     """`count` short equal tones with gaps between them."""
-    pitch = np.exp(rng.uniform(*np.log((LOW_PITCH[0], HIGH_PITCH[1]))))
+    pitch = np.exp(rng.uniform(*np.log((150.0, 3600.0))))
     length, gap = rng.uniform(0.12, 0.3), rng.uniform(0.15, 0.35)
     beep = _fade(_sine(np.full(int(length * SAMPLING_RATE), pitch)))
     pause = np.zeros(int(gap * SAMPLING_RATE))
@@ -57,12 +62,13 @@ def _chirp(rng: np.random.Generator, rising: bool) -> np.ndarray:
     low = np.exp(rng.uniform(*np.log((150.0, 900.0))))
     high = min(low * rng.uniform(2.5, 6), 5000.0)
     ends = (low, high) if rising else (high, low)
-    frequency = np.geomspace(*ends, int(rng.uniform(0.5, 3) * SAMPLING_RATE))
+    sweep = (np.geomspace, np.linspace)[rng.integers(2)]
+    frequency = sweep(*ends, int(rng.uniform(0.5, 3) * SAMPLING_RATE))
     return _finish(rng, _fade(_sine(frequency)))
 
 
 def _noise(rng: np.random.Generator) -> np.ndarray:
-    sound = rng.normal(0, 1, int(rng.uniform(0.5, 3.5) * SAMPLING_RATE))
+    sound = rng.normal(0, 1, len(_seconds(rng, 0.5, 3.8)))
     colour = rng.uniform(0, 0.9)
     spectrum = np.fft.rfft(sound)
     spectrum /= np.maximum(np.arange(len(spectrum)) / len(spectrum), 0.01) ** colour
@@ -71,18 +77,22 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def _clicks(rng: np.random.Generator) -> np.ndarray:
-    sound = np.zeros(int(rng.uniform(1, 3.5) * SAMPLING_RATE))
-    length = int(rng.uniform(0.003, 0.008) * SAMPLING_RATE)
+    sound = np.zeros(len(_seconds(rng, 1, 3.8)))
+    length = int(rng.uniform(0.002, 0.008) * SAMPLING_RATE)
     click = np.exp(-np.arange(4 * length) / length) * rng.choice([-1.0, 1.0], 4 * length)
+    if rng.random() < 0.3:
+        click[1:] = 0
+    slowest = rng.uniform(0.12, 0.4)
+    fastest = slowest * rng.uniform(0.4, 1)
     at = 0.0
     while (start := int(at * SAMPLING_RATE)) + len(click) <= len(sound):
         sound[start : start + len(click)] += click
-        at += rng.uniform(0.1, 0.35)
+        at += rng.uniform(fastest, slowest)
     return _finish(rng, sound)
 
 
 def _siren(rng: np.random.Generator) -> np.ndarray:
-    time = np.arange(int(rng.uniform(1.5, 3.8) * SAMPLING_RATE)) / SAMPLING_RATE
+    time = _seconds(rng, 1.5, 3.8)
     middle, depth, rate = rng.uniform(600, 1100), rng.uniform(0.25, 0.45), rng.uniform(0.9, 2.5)
     wave = np.sin(2 * np.pi * rate * time + rng.uniform(0, 2 * np.pi))
     if rng.integers(2):
@@ -91,9 +101,9 @@ def _siren(rng: np.random.Generator) -> np.ndarray:
 
 
 def event(rng: np.random.Generator, name: str) -> np.ndarray:
-    """A sound of the kind `name` (one of EVENTS): float32 mono at 16 kHz, 0.5 to 4.5 seconds."""
+    """A sound of the kind `name` (one of EVENTS): float32 mono at 16 kHz, 0.5 to 9 seconds."""
     if name == "tone":
-        return tone(rng)
+        return tone(rng, list(PITCHES)[rng.integers(len(PITCHES))])
     if name == "beeps":
         return beeps(rng, int(rng.integers(2, MAX_BEEPS + 1)))
     if name.endswith("chirp"):

@@ -64,10 +64,11 @@ def say(text: str, voice: Voice) -> np.ndarray:
 
 
 def clip(rng: np.random.Generator, text: str, held_out: bool) -> np.ndarray:
-    """`text` in a random voice with random level, silence around it and noise floor; float32 mono at 16 kHz."""
+    """`text` in a random voice and level, with silence around it and mostly a noise floor; float32 mono at 16 kHz."""
     sound = say(text, random_voice(rng, held_out))
     level = rng.uniform(0.2, 0.95) / np.abs(sound).max()
     before, after = (int(rng.uniform(0, 0.4) * SAMPLING_RATE) for _ in range(2))
     sound = np.concatenate([np.zeros(before), level * sound, np.zeros(after)])
-    noise = rng.normal(0, np.abs(sound).max() * 10 ** (-rng.uniform(35, 60) / 20), len(sound))
-    return np.clip(sound + noise, -1, 1).astype(np.float32)
+    if rng.random() < 0.7:
+        sound = sound + rng.normal(0, np.abs(sound).max() * 10 ** (-rng.uniform(35, 60) / 20), len(sound))
+    return np.clip(sound, -1, 1).astype(np.float32)

@@ -7,7 +7,7 @@ from itertools import product
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import TASKS
+from .questions import TASKS, plural
 from .sound_data import EVENTS
 from .speech_data import WORDS
 from .vision_data import COLOURS, SHAPES
@@ -18,8 +18,10 @@ VOCAB_SIZE = 560
 
 def corpus() -> list[str]:
     """The text that the model meets: turns of the chat with all phrasings, and all words of the answers."""
-    phrasings = [phrasing for task in TASKS.values() for phrasing in task.phrasings]
-    names = (*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "crosses", *EVENTS, *WORDS, "high", "low")
+    shapes = [*SHAPES, *map(plural, SHAPES)]
+    phrasings = [phrasing.format(shapes=shapes[-1]) for task in TASKS.values() for phrasing in task.phrasings]
+    phrasings += [phrasing.capitalize() for phrasing in phrasings]
+    names = (*COLOURS, *shapes, *EVENTS, *WORDS, "yes", "no", "high", "low")
     turns = [f"USER: \n{phrasing} ASSISTANT:" for phrasing in phrasings]
     described = [f" {count} {colour} {shape}" for count, colour, shape in product(range(10), COLOURS, SHAPES)]
     # The trainer merges only pairs that occur at least twice, and every word shall become one piece.

@@ -17,15 +17,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
 import unimoe
 
+from .architecture import MODALITIES as CONTENT_TYPES
 from .architecture import build_config, build_processor
-from .banks import load_bank
+from .banks import load_banks
+from .questions import MODALITIES
 from .tokenizer import build_tokenizer
 from .training_data import Collator, QuestionDataset
 
+# What the model returns beside loss and logits; the watching need not gather it.
+OTHER_OUTPUTS = ["past_key_values", "aux_loss", *(f"{kind}_hidden_states" for kind in CONTENT_TYPES)]
 # Items per kind that the training questions are drawn from.
 BANK_SIZES = {
     "scene": 8000,
@@ -36,6 +40,9 @@ BANK_SIZES = {
     "word": 8000,
     "spoken_question": 1600,
 }
+# Held-out items to watch the training with.
+WATCHED_BANK_SIZE = 150
+WATCHED_QUESTIONS = 96
 # Whisper halves the frame rate of 100 Hz.
 FRAMES_PER_POSITION = 2
 
@@ -71,6 +78,18 @@ def speech_window(model: unimoe.UniMoEForConditionalGeneration, frames: int | No
         config.max_source_positions = positions
 
 
+def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The predicted ids [B, S], each at the position of the label that it is compared with."""
+    return nn.functional.pad(logits.argmax(-1)[:, :-1], (1, 0))
+
+
+def exact_match(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of answers of which every token is right. Greedy generation would write just these."""
+    asked = prediction.label_ids != -100
+    right = (prediction.predictions == prediction.label_ids) | ~asked
+    return {"accuracy": float(right.all(axis=1).mean())}
+
+
 def train(args: argparse.Namespace) -> None:
     started = time.time()
     set_seed(args.seed)
@@ -79,12 +98,12 @@ def train(args: argparse.Namespace) -> None:
     processor = build_processor(tokenizer, config)
     model = unimoe.UniMoEForConditionalGeneration(config)
     print(f"{model.num_parameters():,} parameters")
-    banks = {
-        kind: load_bank(
-            processor, kind, "train", max(round(size * args.fraction), 100), args.seed, args.cache, args.workers
-        )
-        for kind, size in BANK_SIZES.items()
-    }
+    sizes = {kind: max(round(size * args.fraction), 100) for kind, size in BANK_SIZES.items()}
+    banks = load_banks(processor, sizes, "train", args.seed, args.cache, args.workers)
+    watched = load_banks(
+        processor, dict.fromkeys(sizes, WATCHED_BANK_SIZE), "test", args.seed, args.cache, args.workers
+    )
+    held_out = {name: QuestionDataset(watched, WATCHED_QUESTIONS, args.seed, (name,)) for name in MODALITIES}
     print(f"items ready after {time.time() - started:.0f} s")
     for number, phase in enumerate(PHASES):
         steps = max(round(phase.steps * args.fraction), 2)
@@ -102,6 +121,9 @@ def train(args: argparse.Namespace) -> None:
             seed=args.seed,
             use_cpu=True,
             logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=250,
+            per_device_eval_batch_size=phase.batch_size,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -109,7 +131,16 @@ def train(args: argparse.Namespace) -> None:
         )
         with speech_window(model, phase.speech_frames):
             collator = Collator(processor, phase.speech_frames)
-            Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator).train()
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=dataset,
+                eval_dataset=held_out,
+                data_collator=collator,
+                compute_metrics=exact_match,
+                preprocess_logits_for_metrics=most_likely,
+            )
+            trainer.train(ignore_keys_for_eval=OTHER_OUTPUTS)
         print(f"phase {number + 1} done after {time.time() - started:.0f} s")
     shutil.rmtree(args.output, ignore_errors=True)
     model.save_pretrained(args.output)
@@ -121,7 +152,9 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/tiny/checkpoint"))
-    parser.add_argument("--cache", type=Path, default=Path("build/tiny/cache"), help="made items are kept here")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/tiny/cache"), help="keeps what was made; empty it to make anew"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that make the items")

@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 from unimoe.processing.prompting import expand_segments, split_prompt, tokenize_pieces
 
 from .banks import Bank, Codec
-from .questions import TASKS, Task, messages
+from .questions import TASKS, Task, messages, word_question
 
 
 @dataclass
 class Sample:
     task: Task
     phrasing: str
+    text_first: bool
     answer: str
     parts: list[list[np.ndarray]]
 
@@ -47,9 +48,9 @@ class QuestionDataset(Dataset):
         facts = {}
         for kind, item in zip(task.items, chosen):
             facts |= self.banks[kind].facts[item]
-        phrasing = task.phrasings[rng.integers(len(task.phrasings))]
+        phrasing, text_first = word_question(rng, task, facts), bool(rng.random() < 0.15)
         parts = [self.banks[kind].parts(item) for kind, item in zip(task.items, chosen)]
-        return Sample(task, phrasing, task.answer(facts), parts)
+        return Sample(task, phrasing, text_first, task.answer(facts), parts)
 
 
 def _candidates(task: Task, bank: Bank) -> np.ndarray:
@@ -72,13 +73,13 @@ class Collator:
         self.processor = processor
         self.codec = Codec(processor)
         self.speech_frames = speech_frames
-        # The same few hundred prompts come again and again.
+        # The same prompts come again and again.
         self._row = cache(self._make_row)
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         rows = [
-            self._row(sample.task.content_types, sample.phrasing, sample.answer, tuple(map(len, sample.parts)))
-            for sample in samples
+            self._row(s.task.content_types, s.phrasing, s.text_first, s.answer, tuple(map(len, s.parts)))
+            for s in samples
         ]
         width = max(len(row["input_ids"]) for row in rows)
         pad = self.processor.tokenizer.pad_token_id
@@ -92,11 +93,11 @@ class Collator:
         return batch | self._media(samples)
 
     def _make_row(
-        self, content_types: tuple[str, ...], phrasing: str, answer: str, num_parts: tuple[int, ...]
+        self, content_types: tuple[str, ...], phrasing: str, text_first: bool, answer: str, num_parts: tuple[int, ...]
     ) -> dict[str, list[int]]:
         """Ids of prompt and answer; only the answer and its end are labels."""
         processor = self.processor
-        turn = messages(content_types, [None] * len(content_types), phrasing)
+        turn = messages(content_types, [None] * len(content_types), phrasing, text_first)
         prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
         segments = tokenize_pieces(processor.tokenizer, split_prompt(prompt, processor.placeholders))
         lengths = [

@@ -8,20 +8,24 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+# Each name covers the mixtures of its anchors: what a painter and what an HTML table call by it.
 COLOURS = {
-    "red": (214, 32, 38),
-    "green": (30, 152, 56),
-    "blue": (34, 70, 206),
-    "yellow": (244, 214, 20),
-    "orange": (246, 128, 12),
-    "purple": (138, 38, 158),
-    "black": (14, 14, 16),
-    "white": (250, 250, 248),
+    "red": ((214, 32, 38), (255, 0, 0)),
+    "green": ((30, 152, 56), (0, 128, 0), (20, 235, 40)),
+    "blue": ((34, 70, 206), (0, 0, 255)),
+    "yellow": ((244, 214, 20), (255, 255, 0)),
+    "orange": ((246, 128, 12), (255, 165, 0)),
+    "purple": ((138, 38, 158), (128, 0, 128)),
+    "black": ((24, 24, 26), (0, 0, 0)),
+    "white": ((245, 245, 240), (255, 255, 255)),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 MAX_COUNT = 5
 # Neutral backgrounds only, so that "what colour is it" can mean nothing but the shapes.
-BACKGROUNDS = ((236, 234, 228), (205, 208, 212), (158, 160, 164), (104, 104, 108), (58, 60, 66))
+BACKGROUNDS = (
+    *((255, 255, 255), (236, 234, 228), (205, 208, 212), (158, 160, 164)),
+    *((104, 104, 108), (58, 60, 66), (0, 0, 0)),
+)
 # Pictures are drawn on a canvas twice as large as they are shown.
 SIDE = 128
 CANVAS = 2 * SIDE
@@ -33,14 +37,16 @@ def _luminance(colour: tuple[int, int, int]) -> float:
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
-def _background(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """A neutral background that black, white and grey-like inks still stand out from."""
-    visible = [b for b in BACKGROUNDS if abs(_luminance(b) - _luminance(colour)) > 45]
+def _background(rng: np.random.Generator, ink: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A neutral background that the ink stands out from."""
+    visible = [b for b in BACKGROUNDS if abs(_luminance(b) - _luminance(ink)) > 40]
     return visible[rng.integers(len(visible))]
 
 
 def _ink(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
-    return tuple(int(v) for v in np.clip(np.array(COLOURS[name]) + rng.integers(-10, 11, 3), 0, 255))
+    anchors = np.array(COLOURS[name])
+    mixture = rng.dirichlet(np.ones(len(anchors))) @ anchors
+    return tuple(int(v) for v in np.clip(mixture + rng.integers(-8, 9, 3), 0, 255))
 
 
 def _regular_polygon(points: int, turn: float, radii: tuple[float, ...]) -> list[tuple[float, float]]:
@@ -81,11 +87,11 @@ def _draw_shape(
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """`count` circles (x, y, radius) in the unit square that do not touch each other."""
-    largest = {1: 0.30, 2: 0.20, 3: 0.17, 4: 0.15, 5: 0.135}[count]
+    largest = {1: 0.38, 2: 0.20, 3: 0.17, 4: 0.15, 5: 0.135}[count]
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(200):
-            radius = rng.uniform(0.68, 1.0) * largest
+            radius = rng.uniform(0.68 if count > 1 else 0.45, 1.0) * largest
             margin = 1.2 * radius
             x, y = rng.uniform(margin, 1 - margin, 2)
             if all(math.hypot(x - a, y - b) > 1.22 * (radius + r) for a, b, r in placed):
@@ -97,7 +103,7 @@ def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, fl
 def scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Image.Image:
     """`count` shapes of one kind and colour at random places and sizes, RGB."""
     ink = _ink(rng, colour)
-    paper = _background(rng, COLOURS[colour])
+    paper = _background(rng, ink)
     image = Image.new("RGB", (CANVAS, CANVAS), paper)
     draw = ImageDraw.Draw(image)
     for x, y, radius in _places(rng, count):
@@ -127,8 +133,10 @@ def digit_layer(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.Im
     """One handwritten digit as an 8-bit coverage mask [CANVAS, CANVAS], turned, scaled and shifted a little."""
     images, targets = _digit_bank(held_out)
     row = int(rng.integers(len(targets)))
-    size = int(rng.uniform(0.75, 1.0) * CANVAS)
-    stroke = Image.fromarray((images[row] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    # At a quarter more than the canvas the margin is outside, as in a plain enlargement of the original.
+    size = int(rng.uniform(0.75, 1.25) * CANVAS)
+    method = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST)[rng.integers(3)]
+    stroke = Image.fromarray((images[row] * 255).astype(np.uint8)).resize((size, size), method)
     stroke = stroke.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
     mask = Image.new("L", (CANVAS, CANVAS))
     slack = CANVAS - size
@@ -140,20 +148,23 @@ def digit_picture(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.
     """A handwritten digit in some ink on some paper: (digit, RGB image)."""
     digit, mask = digit_layer(rng, held_out)
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    image = Image.new("RGB", mask.size, _background(rng, COLOURS[colour]))
-    image.paste(_ink(rng, colour), mask=mask)
+    ink = _ink(rng, colour)
+    image = Image.new("RGB", mask.size, _background(rng, ink))
+    image.paste(ink, mask=mask)
     return digit, _finish(rng, image)
 
 
 def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, frames: int) -> list[Image.Image]:
     """One shape that stays where it is, or crosses a good part of the picture on a straight line."""
-    ink, paper = _ink(rng, colour), _background(rng, COLOURS[colour])
-    radius = rng.uniform(0.15, 0.23)
+    ink = _ink(rng, colour)
+    paper = _background(rng, ink)
+    radius = rng.uniform(0.13, 0.24)
     margin = 1.2 * radius
-    start = rng.uniform(margin, 1 - margin, 2)
-    end = start
+    start, end = rng.uniform(margin, 1 - margin, (2, 2))
     while moves and math.dist(start, end) < 0.4:
-        end = rng.uniform(margin, 1 - margin, 2)
+        start, end = rng.uniform(margin, 1 - margin, (2, 2))
+    if not moves:
+        end = start
     turn = rng.uniform(-0.3, 0.3)
     video = []
     for step in np.linspace(0, 1, frames):
@@ -168,7 +179,8 @@ def digit_video(rng: np.random.Generator, held_out: bool, frames: int) -> tuple[
     """A handwritten digit held by a slightly unsteady hand."""
     digit, mask = digit_layer(rng, held_out)
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    ink, paper = _ink(rng, colour), _background(rng, COLOURS[colour])
+    ink = _ink(rng, colour)
+    paper = _background(rng, ink)
     video = []
     for _ in range(frames):
         image = Image.new("RGB", mask.size, paper)
