@@ -145,6 +145,9 @@ def train(args: argparse.Namespace) -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
+    for copied in args.output.glob("*.py"):
+        # This package is the code of its own checkpoint; a copy of it would only grow old there.
+        copied.unlink()
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.2f} MB")
 

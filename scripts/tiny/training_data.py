@@ -18,7 +18,7 @@ from .questions import TASKS, Task, messages, word_question
 
 @dataclass
 class Sample:
-    task: Task
+    content_types: tuple[str, ...]
     phrasing: str
     text_first: bool
     answer: str
@@ -50,7 +50,10 @@ class QuestionDataset(Dataset):
             facts |= self.banks[kind].facts[item]
         phrasing, text_first = word_question(rng, task, facts), bool(rng.random() < 0.15)
         parts = [self.banks[kind].parts(item) for kind, item in zip(task.items, chosen)]
-        return Sample(task, phrasing, text_first, task.answer(facts), parts)
+        content_types = task.content_types
+        if rng.random() < 0.3:
+            content_types, parts = content_types[::-1], parts[::-1]
+        return Sample(content_types, phrasing, text_first, task.answer(facts), parts)
 
 
 def _candidates(task: Task, bank: Bank) -> np.ndarray:
@@ -78,8 +81,7 @@ class Collator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         rows = [
-            self._row(s.task.content_types, s.phrasing, s.text_first, s.answer, tuple(map(len, s.parts)))
-            for s in samples
+            self._row(s.content_types, s.phrasing, s.text_first, s.answer, tuple(map(len, s.parts))) for s in samples
         ]
         width = max(len(row["input_ids"]) for row in rows)
         pad = self.processor.tokenizer.pad_token_id
@@ -114,7 +116,7 @@ class Collator:
     def _media(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         found: dict[str, list[list[np.ndarray]]] = {"image": [], "video": [], "audio": [], "speech": []}
         for sample in samples:
-            for kind, parts in zip(sample.task.content_types, sample.parts):
+            for kind, parts in zip(sample.content_types, sample.parts):
                 found[kind].append(parts)
         batch = {}
         if found["image"]:
