@@ -106,6 +106,18 @@ class LowRankUpdate(_Composite):
         out.copy_(base.addmm_(b, a, alpha=self.scale))
 
 
+class Constant:
+    """A tensor that no file holds, because the original has no use for it: the same value everywhere."""
+
+    def __init__(self, shape: Sequence[int], value: float):
+        self.shape = tuple(shape)
+        self.value = value
+        self.sources: list[SourceTensor] = []
+
+    def write(self, out: torch.Tensor) -> None:
+        out.fill_(self.value)
+
+
 def evaluate(expression: Expression, dtype: torch.dtype) -> torch.Tensor:
     """The value as a new tensor."""
     out = torch.empty(expression.shape, dtype=dtype)

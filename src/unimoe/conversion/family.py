@@ -23,6 +23,9 @@ class Conversion:
         feature_extractor: Settings of the feature extractor; None for a model without sound towers.
         generation: Settings of the generation configuration: the originals' sampling.
         chat_template: Jinja text; None for the processor's default.
+        image_aspect_ratio: How images become square, as the processor takes it: "square" or "pad".
+        max_length: Tokens that a prompt may have; None for the decoder's positions.
+        licence_id: The licence in the model card's header, by the Hub's name for it; "research-only" is none of those.
         notes: Remarks for the user, each a sentence.
     """
 
@@ -36,4 +39,7 @@ class Conversion:
     feature_extractor: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    image_aspect_ratio: str = "square"
+    max_length: int | None = None
+    licence_id: str = "research-only"
     notes: list[str] = field(default_factory=list)

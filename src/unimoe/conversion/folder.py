@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import modeling_unimoe, processing
 from ..architecture import describe
@@ -18,6 +19,7 @@ from .model_card import model_card
 from .sentencepiece_tokenizer import load_llama_tokenizer
 
 ARCHITECTURE = "UniMoEForConditionalGeneration"
+IMAGE_PROCESSORS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
 NO_TOKENIZER = (
     "no tokenizer found, so the folder has no processor: the model loads and runs on ids and features, and a tokenizer can be "
     "added by converting again"
@@ -39,6 +41,10 @@ def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         return None
+    # Embeddings often have more rows than the tokenizer has tokens. Those get names, so that the placeholders' ids lie beyond
+    # the vocabulary, where they take no score away from it.
+    unused = range(len(tokenizer), conversion.config.text_config.vocab_size)
+    tokenizer.add_tokens([f"<|unused_{i}|>" for i in unused], special_tokens=True)
     names = ("image", "video", "audio", "speech")
     tokenizer.add_tokens([f"<{name}>" for name in names], special_tokens=True)
     for name in names:
@@ -51,15 +57,16 @@ def build_processor(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) 
     config = conversion.config
     image_processor = None
     if config.vision_config is not None:
+        processor_class = IMAGE_PROCESSORS[config.vision_config.model_type]
         try:
-            image_processor = CLIPImageProcessorPil.from_pretrained(conversion.image_processor_folder)
+            image_processor = processor_class.from_pretrained(conversion.image_processor_folder)
         except (OSError, ValueError, TypeError) as error:
             raise ConversionError(f"{conversion.image_processor_folder}: preprocessor_config.json: {error}") from None
-        size = image_processor.crop_size
-        if {size["height"], size["width"]} != {config.vision_config.image_size}:
+        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        if {size.get("height"), size.get("width")} != {config.vision_config.image_size}:
             raise ConversionError(
-                f"{conversion.image_processor_folder}: preprocessor_config.json crops to {size['height']}x{size['width']}, the "
-                f"tower takes {config.vision_config.image_size}; the files do not belong together"
+                f"{conversion.image_processor_folder}: preprocessor_config.json makes images of {dict(size)}, the tower takes "
+                f"{config.vision_config.image_size}; the files do not belong together"
             )
     has_sound = config.audio_config is not None or config.speech_config is not None
     return UniMoEProcessor(
@@ -70,7 +77,8 @@ def build_processor(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) 
         num_video_tokens=config.num_image_tokens,
         num_audio_tokens=config.num_audio_tokens,
         num_speech_tokens=config.num_speech_tokens,
-        max_length=config.text_config.max_position_embeddings,
+        image_aspect_ratio=conversion.image_aspect_ratio,
+        max_length=conversion.max_length or config.text_config.max_position_embeddings,
         chat_template=conversion.chat_template,
     )
 

@@ -8,6 +8,7 @@ EXAMPLES = {
     "audio": ("rain.wav", "Which sounds can be heard?"),
     "speech": ("question.wav", "Answer the spoken question."),
 }
+OTHER_LICENCES = ("research-only",)
 TEMPLATE = """\
 ---
 library_name: transformers
@@ -15,8 +16,7 @@ pipeline_tag: any-to-any
 tags:
 - unimoe
 - mixture-of-experts
-license: other
-license_name: research-only
+{licence_header}
 ---
 
 # {title}, converted for Transformers
@@ -95,6 +95,7 @@ def model_card(conversion: Conversion, architecture: str, model: str, dtype: str
         else "The folder holds no code: install the `unimoe` package and import it first (`import unimoe`)."
     )
     text = TEMPLATE.format(
+        licence_header=_licence_header(conversion.licence_id),
         title=conversion.title,
         from_what="from the files named below",
         takes=", ".join(("text", *modalities)),
@@ -111,3 +112,8 @@ def model_card(conversion: Conversion, architecture: str, model: str, dtype: str
         notes=" ".join(conversion.notes),
     ).rstrip()
     return (text if remote_code else text.replace(", trust_remote_code=True", "")) + "\n"
+
+
+def _licence_header(licence_id: str) -> str:
+    """The Hub knows common licences by their names; any other needs two lines."""
+    return f"license: other\nlicense_name: {licence_id}" if licence_id in OTHER_LICENCES else f"license: {licence_id}"

@@ -18,6 +18,7 @@ from . import uni_moe_config as config_map
 from .errors import ConversionError
 from .expressions import Expression
 from .family import Conversion
+from .llava import build, projector, select_strategy, sequential_targets
 from .lora import read_adapter
 from .plan import Account, model_shapes
 from .reader import SourceTensor, read_file, read_json, read_weights
@@ -85,18 +86,18 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
     vision = read_clip(paths.vision_tower, account)
     _check_width(vision.config.get("hidden_size"), config, "mm_hidden_size", "--vision-tower", paths.vision_tower)
     targets = vision.under("model.vision_tower")
-    targets |= _sequential_targets(weights, "model.mm_projector", "model.vision_connector")
+    targets |= sequential_targets(weights, "model.mm_projector", "model.vision_connector")
     sound = _read_sound(paths, config, config_file, weights, account)
     targets |= sound.targets
     targets |= _decoder_targets(weights, mlps)
-    model_config = config_map.build(
+    model_config = build(
         {
             "text_config": config_map.text_config(config, config_file),
             "text_sparsity": sparsity,
             "vision_config": vision.config,
-            "vision_connector_config": config_map.projector(config, "mm_projector_type", config_file),
+            "vision_connector_config": projector(config, "mm_projector_type", config_file),
             "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": _select_strategy(config, config_file),
+            "vision_feature_select_strategy": select_strategy(config, config_file),
             **sound.fields,
         },
         config_file,
@@ -252,9 +253,9 @@ def _read_sound(
     connector: dict[str, Any] = {
         "type": "qformer" if kind == "audio" else "whisper_decoder",
         "num_query_tokens": config.get("query_tokens_size") or queries.shape[1],
-        "projector_num_layers": config_map.projector(config, "audio_projector_type", file)["num_layers"],
+        "projector_num_layers": projector(config, "audio_projector_type", file)["num_layers"],
     }
-    targets = _sequential_targets(aligner, "projector", f"model.{kind}_connector.projector")
+    targets = sequential_targets(aligner, "projector", f"model.{kind}_connector.projector")
     if kind == "audio":
         connector["backbone_config"] = _qformer_config(aligner, paths.qformer_num_attention_heads)
     else:
@@ -313,24 +314,6 @@ def _decoder_targets(weights: dict[str, Expression], mlps: dict[str, Expression]
         inner = name.removeprefix("model.")
         targets[inner if inner == "lm_head.weight" else f"model.language_model.{inner}"] = weight
     return targets | {f"model.language_model.{name}": weight for name, weight in mlps.items()}
-
-
-def _sequential_targets(weights: dict[str, Expression], source: str, target: str) -> dict[str, Expression]:
-    """Takes a projector out of `weights`: one Linear, or an nn.Sequential with an activation between Linears."""
-    targets = {}
-    for name in [name for name in weights if name.startswith(f"{source}.")]:
-        inner = name.removeprefix(f"{source}.")
-        if match := re.fullmatch(r"(?:(\d+)\.)?(weight|bias)", inner):
-            targets[f"{target}.layers.{int(match[1] or 0) // 2}.{match[2]}"] = weights.pop(name)
-    return targets
-
-
-def _select_strategy(config: dict[str, Any], file: Path) -> str:
-    strategies = {"patch": "default", "cls_patch": "full"}
-    feature = config.get("mm_vision_select_feature", "patch")
-    if feature not in strategies:
-        raise ConversionError(f"{file}: mm_vision_select_feature={feature!r} is unknown; it is 'patch' or 'cls_patch'")
-    return strategies[feature]
 
 
 def _check_width(found: int | None, config: dict[str, Any], field: str, option: str, path: Path) -> None:

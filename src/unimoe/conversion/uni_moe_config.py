@@ -1,11 +1,10 @@
 """What the fields of an original Uni-MoE `config.json` become."""
 
-import re
 from pathlib import Path
 from typing import Any
 
-from ..modeling_unimoe.configuration_unimoe import UniMoEConfig
 from .errors import ConversionError
+from .llava import layer_pattern
 
 LLAMA_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -31,23 +30,6 @@ def text_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
     return {"model_type": "llama", **fields, "rope_parameters": rope, "tie_word_embeddings": False}
 
 
-def projector(config: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
-    """Settings of a projector from its field `name`: 'linear' (also where absent) or 'mlp<n>x_gelu'."""
-    kind = config.get(name) or "linear"
-    if kind == "linear":
-        return {"type": "linear", "num_layers": 1}
-    if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        return {"type": "mlp", "num_layers": int(match[1]), "hidden_act": "gelu"}
-    raise ConversionError(f"{file}: {name}={kind!r} is not supported; known are 'linear' and 'mlp<n>x_gelu'")
-
-
-def layer_pattern(indices: list[int], num_layers: int) -> str | list[int]:
-    """The name of a set of sparse layers, or the list itself."""
-    if indices == list(range(num_layers)):
-        return "all"
-    return "even" if indices == list(range(0, num_layers, 2)) else indices
-
-
 def sparsity(config: dict[str, Any], indices: list[int], file: Path, **more: Any) -> dict[str, Any] | None:
     """Settings of the sparse layers; None for a decoder that has none."""
     if not indices:
@@ -62,12 +44,3 @@ def sparsity(config: dict[str, Any], indices: list[int], file: Path, **more: Any
         "norm_topk_prob": True,
         **more,
     }
-
-
-def build(fields: dict[str, Any], file: Path) -> UniMoEConfig:
-    """The configuration, with the name of the original's file in front of whatever does not fit together."""
-    try:
-        return UniMoEConfig(**fields)
-    except (ValueError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ConversionError(f"{file}: {message}") from None

@@ -282,6 +282,9 @@ class UniMoEConfig(PreTrainedConfig):
         vision_feature_layer: Index into the vision tower's hidden states.
         vision_feature_select_strategy: `"default"` drops the first token (the class token of CLIP; of SigLIP, which has
             none, the first patch, as MoE-LLaVA does); `"full"` keeps all.
+        vision_scales: Sizes at which the vision tower sees an image, in multiples of its own, such as `[1, 3]` for CuMo: a
+            larger one is cut into tiles, and the features of all sizes stand side by side, so an image costs as many tokens
+            as at one size. `None`: its own size alone.
         image_token_id, video_token_id, audio_token_id, speech_token_id: Placeholder ids. They may lie at or beyond the
             decoder's `vocab_size`: placeholders are never embedded. Default: `vocab_size` and the three ids after it.
 
@@ -313,6 +316,7 @@ class UniMoEConfig(PreTrainedConfig):
     vision_sparsity: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_scales: list[int] | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     audio_token_id: int | None = None
@@ -374,6 +378,7 @@ class UniMoEConfig(PreTrainedConfig):
                 )
             if self.vision_connector_config.has_queries:
                 raise ValueError("`vision_connector_config.type` must be 'linear' or 'mlp'")
+        self._check_scales()
         if self.speech_config is not None and self.speech_config.model_type != "whisper":
             raise ValueError(f"`speech_config` must be a 'whisper' config, got {self.speech_config.model_type!r}")
         for tower, width in (("audio", "hidden_size"), ("speech", "d_model")):
@@ -388,6 +393,24 @@ class UniMoEConfig(PreTrainedConfig):
                     f"`{tower}_connector_config.backbone_config` reads features of width {reads}, but `{tower}_config` "
                     f"gives {tower_width}"
                 )
+
+    def _check_scales(self):
+        if self.vision_scales is None:
+            return
+        if self.vision_config is None:
+            raise ValueError("`vision_scales` is set, but `vision_config` is None: there is no tower")
+        if not self.vision_scales or self.vision_scales[0] != 1 or min(self.vision_scales) < 1:
+            raise ValueError(
+                f"`vision_scales` must begin with 1, the image at the tower's own size, and hold positive numbers, got "
+                f"{self.vision_scales}"
+            )
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        if self.num_image_tokens != patches:
+            raise ValueError(
+                f"`vision_scales` needs the features of all patches and of nothing else, but `vision_feature_select_strategy`"
+                f"={self.vision_feature_select_strategy!r} gives {self.num_image_tokens} tokens for {patches} patches of a "
+                f"{self.vision_config.model_type!r}"
+            )
 
     def _check_sparsity(self):
         if self.text_sparsity is not None:
@@ -430,6 +453,13 @@ class UniMoEConfig(PreTrainedConfig):
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         class_token = int(self.vision_config.model_type == "clip_vision_model")
         return patches + class_token - int(self.vision_feature_select_strategy == "default")
+
+    @property
+    def vision_feature_size(self) -> int | None:
+        """Width of an image's features, the connector's input; None without a vision tower."""
+        if self.vision_config is None:
+            return None
+        return self.vision_config.hidden_size * len(self.vision_scales or [1])
 
     @property
     def num_audio_tokens(self) -> int | None:

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import select_hidden_states
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector, init_connector_weights
+from .multi_scale import merge_tiles, resize_and_tile
 from .router_losses import load_balancing_loss, router_z_loss
 from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
@@ -199,7 +200,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if config.vision_config is not None:
             self.vision_tower = _build_backbone(config, config.vision_config, config.vision_sparsity)
             self.vision_connector = build_connector(
-                config.vision_connector_config, config.vision_config.hidden_size, width, model_config=config
+                config.vision_connector_config, config.vision_feature_size, width, model_config=config
             )
         if config.audio_config is not None:
             self.audio_tower = UniMoEAudioModel._from_config(_without_experts_request(config.audio_config))
@@ -231,8 +232,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
             pixel_values: Float [N, 3, R, R], normalised as the vision tower expects.
 
         Returns:
-            `pooler_output` [N, P, H] replaces the placeholders; `last_hidden_state` is the tower's selected layer,
-            [N, P, tower width]; `hidden_states` and `attentions` are those of the tower.
+            `pooler_output` [N, P, H] replaces the placeholders; `last_hidden_state` is the tower's selected layer, that of
+            all `vision_scales` side by side, [N, P, width]; `hidden_states` and `attentions` are those of the tower for
+            the images at its own size.
 
         Raises:
             ValueError: The model has no vision tower, or the images have another size than it takes.
@@ -241,11 +243,14 @@ class UniMoEModel(UniMoEPreTrainedModel):
         side = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f"`pixel_values` must be [N, 3, {side}, {side}], got {list(pixel_values.shape)}")
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        selected = outputs.hidden_states[self.config.vision_feature_layer]
+        scales = self.config.vision_scales or [1]
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        outputs = [self.vision_tower(resize_and_tile(pixel_values, n), return_dict=True, **kwargs) for n in scales]
+        selected = [output.hidden_states[self.config.vision_feature_layer] for output in outputs]
         if self.config.vision_feature_select_strategy == "default":
-            selected = selected[:, 1:]
-        return _features(selected, self.vision_connector(selected), outputs)
+            selected = [states[:, 1:] for states in selected]
+        features = torch.cat([merge_tiles(states, n) for states, n in zip(selected, scales)], dim=-1)
+        return _features(features, self.vision_connector(features), outputs[0])
 
     @can_return_tuple
     def get_video_features(
