@@ -15,7 +15,7 @@ unimoe.sparsify(model, layers="even", num_experts=4, top_k=2)
 print("largest change of a logit by upcycling:", (model(input_ids).logits - before).abs().max().item())
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for step in range(20):
+for _ in range(20):
     loss = model(input_ids, labels=input_ids).loss
     loss.backward()
     optimizer.step()
