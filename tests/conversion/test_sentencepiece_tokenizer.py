@@ -1,9 +1,9 @@
 """The fast tokenizer against SentencePiece, used as the slow tokenizer of Transformers 4.31 used it."""
 
+import json
 import random
 import re
 import shutil
-import json
 
 import pytest
 import sentencepiece
@@ -11,6 +11,7 @@ from uni_moe_sets import find_set
 
 from unimoe.conversion.errors import ConversionError
 from unimoe.conversion.sentencepiece_tokenizer import load_llama_tokenizer
+from unimoe.processing.prompting import Piece, tokenize_pieces
 
 WORDS = "the USER: ASSISTANT: cat's 12345 image,  sound? people. Zürich 你好 😀 x\ty a_b <0x0A> \n\n describe".split(" ")
 FIXED = ["", " ", "  leading", "trailing  ", " x", "  two  spaces\n\n", "\nWhat", "</s>USER: hi", "</s> x", " </s>  y", "▁x", "a</s>你好", "<s>USER"]
@@ -66,9 +67,12 @@ def test_ids_are_those_of_the_slow_tokenizer(folder, legacy, tmp_path):
     texts = list(FIXED)
     for _ in range(300):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
-        texts += [text, " " * rng.randint(1, 3) + text, f"{text}</s>USER: {text}", f"{text}</s> {text}"]
+        texts += [text, " " * rng.randint(1, 3) + text, f"{text}</s>USER: {text}", f"{text}</s> {text}", f"{text}</s>{text}"]
     for text in texts:
-        assert tokenizer(text)["input_ids"] == slow_ids(model, text, legacy is not False), repr(text)
+        [segment] = tokenize_pieces(tokenizer, [Piece(None, text, 0)])
+        assert segment.ids == slow_ids(model, text, legacy is not False), repr(text)
+        if legacy is not False or "s>" not in text:
+            assert tokenizer(text)["input_ids"] == segment.ids, repr(text)
 
 
 def test_special_tokens_and_settings(folder, tmp_path):

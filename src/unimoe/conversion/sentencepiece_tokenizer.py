@@ -8,10 +8,10 @@ space again, unless they begin with one of their own. An absent `legacy` means t
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 from .errors import ConversionError
 from .reader import read_json

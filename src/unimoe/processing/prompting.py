@@ -155,12 +155,41 @@ def pad_rows(
 
 
 def _tokenize_chunk(tokenizer: Any, piece: Piece, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    if getattr(tokenizer, "init_kwargs", {}).get("legacy") is not False:
+        return _encode(tokenizer, piece.text, piece.start, special)
+    # The slow Llama tokenizer of the originals, where its `legacy` is off, tokenises what follows a special token with the
+    # prefix space like everything else, and then takes the space away from the first token, which thereby may become
+    # an unknown one. Without the prefix from the start, other tokens could come out.
+    names = sorted(filter(None, set(tokenizer.all_special_tokens)), key=len, reverse=True)
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", piece.text) if names else [piece.text]:
+        new_ids, new_spans = _encode(tokenizer, part, piece.start + start, special and start == 0 and not ids)
+        if start and part not in names and not part.startswith(" "):
+            new_ids, new_spans = _without_prefix_space(tokenizer, new_ids, new_spans)
+        ids, spans, start = ids + new_ids, spans + new_spans, start + len(part)
+    return ids, spans
+
+
+def _without_prefix_space(
+    tokenizer: Any, ids: list[int], spans: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    token = tokenizer.convert_ids_to_tokens(ids[0]) if ids else ""
+    if not token.startswith("\u2581"):
+        return ids, spans
+    if len(token) == 1:
+        return ids[1:], spans[1:]
+    return [tokenizer.convert_tokens_to_ids(token[1:]), *ids[1:]], spans
+
+
+def _encode(tokenizer: Any, text: str, start: int, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
     # SentencePiece puts a prefix space before every text; the Metaspace of `tokenizers` leaves it out where the text
     # itself begins with a space. One more space makes up for that.
-    shift = int(piece.text.startswith(" ") and _adds_prefix_space(tokenizer))
+    shift = int(text.startswith(" ") and _adds_prefix_space(tokenizer))
     with_spans = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(
-        " " * shift + piece.text,
+        " " * shift + text,
         add_special_tokens=special,
         return_attention_mask=False,
         return_offsets_mapping=with_spans,
@@ -169,10 +198,7 @@ def _tokenize_chunk(tokenizer: Any, piece: Piece, special: bool) -> tuple[list[i
     ids = list(encoded["input_ids"])
     if not with_spans:
         return ids, [(0, 0)] * len(ids)
-    spans = [
-        (piece.start + max(0, start - shift), piece.start + max(0, end - shift))
-        for start, end in encoded["offset_mapping"]
-    ]
+    spans = [(start + max(0, begin - shift), start + max(0, end - shift)) for begin, end in encoded["offset_mapping"]]
     return ids, spans
 
 
