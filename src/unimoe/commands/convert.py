@@ -29,16 +29,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_common(uni_moe)
     uni_moe.set_defaults(run=run, plan=_plan_uni_moe)
+    cumo = families.add_parser(
+        "cumo",
+        help="CuMo: Mistral and Mixtral, final and second-stage checkpoints",
+        description="Converts a CuMo checkpoint. Which one it is, is told by its config.json.",
+    )
+    _add_path(cumo, "--checkpoint", "DIR", "checkpoint folder: all weights and the tokenizer", required=True)
+    _add_path(cumo, "--vision-tower", "DIR", "CLIP folder, for its settings alone", required=True)
+    _add_common(cumo, dtype="bfloat16")
+    cumo.set_defaults(run=run, plan=_plan_cumo)
 
 
 def _add_path(parser: argparse.ArgumentParser, option: str, metavar: str, help: str, required: bool = False) -> None:
     parser.add_argument(option, metavar=metavar, type=Path, required=required, help=help)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, dtype: str = "float16") -> None:
     _add_path(parser, "--output", "DIR", "the new folder", required=True)
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float16", help="of the stored weights (default: float16, as the originals')"
+        "--dtype", choices=DTYPES, default=dtype, help=f"of the stored weights (default: {dtype}, as the originals')"
     )
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", type=_size, default="5GB", help="largest file of weights (default: 5GB)"
@@ -92,3 +101,9 @@ def _plan_uni_moe(args: argparse.Namespace):
             qformer_num_attention_heads=args.qformer_num_attention_heads,
         )
     )
+
+
+def _plan_cumo(args: argparse.Namespace):
+    from ..conversion.cumo import CuMoPaths, plan_cumo
+
+    return plan_cumo(CuMoPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower))

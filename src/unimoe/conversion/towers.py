@@ -1,4 +1,4 @@
-"""The towers, which every release takes from their own public files: CLIP, Whisper and BEATs.
+"""The towers, from their own public files: CLIP, SigLIP, Whisper and BEATs.
 
 Each reader gives a [`Tower`]: the fields of its configuration and its tensors under this project's names.
 """
@@ -20,6 +20,10 @@ BEATS_ORIGIN = "; download BEATs_iter3_plus_AS2M.pt from https://github.com/micr
 CLIP_FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act "
     "layer_norm_eps attention_dropout projection_dim initializer_range initializer_factor"
+).split()
+SIGLIP_FIELDS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act "
+    "layer_norm_eps attention_dropout vision_use_head"
 ).split()
 WHISPER_FIELDS = (
     "vocab_size num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim decoder_layers "
@@ -70,6 +74,17 @@ BEATS_NAMES = {
 
 
 @dataclass(frozen=True)
+class VisionKind:
+    """A kind of vision tower: its name for people and the settings that are taken over."""
+
+    name: str
+    fields: list[str]
+
+
+VISION_KINDS = {"clip": VisionKind("CLIP", CLIP_FIELDS), "siglip": VisionKind("SigLIP", SIGLIP_FIELDS)}
+
+
+@dataclass(frozen=True)
 class Tower:
     """A tower's settings (`config`, for its configuration class) and tensors (`targets`, names within the tower)."""
 
@@ -86,27 +101,44 @@ def read_clip(folder: Path, account: Account) -> Tower:
     Raises:
         ConversionError: A file is missing or damaged, or the folder holds something else.
     """
+    config = read_vision_settings(folder, ("clip",))
+    return Tower(config, read_vision_weights(folder, account))
+
+
+def read_vision_settings(folder: Path, kinds: tuple[str, ...] = ("clip", "siglip")) -> dict[str, Any]:
+    """The settings of the vision encoder in a folder of CLIP or SigLIP; its weights are not looked for.
+
+    Raises:
+        ConversionError: config.json or preprocessor_config.json is missing or damaged, or the folder holds another model.
+    """
+    names = " or ".join(VISION_KINDS[kind].name for kind in kinds)
     _require_folder(folder, "--vision-tower", CLIP_ORIGIN)
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in ("clip", "clip_vision_model"):
+    kind = next((kind for kind in kinds if config.get("model_type") in (kind, f"{kind}_vision_model")), None)
+    if kind is None:
         raise ConversionError(
-            f"{folder}: model_type {config.get('model_type')!r}; --vision-tower must be a CLIP folder{CLIP_ORIGIN}"
+            f"{folder}: model_type {config.get('model_type')!r}; --vision-tower must be a {names} folder{CLIP_ORIGIN}"
         )
-    vision = config["vision_config"] if "vision_config" in config else config
     if not (folder / "preprocessor_config.json").is_file():
         raise ConversionError(f"{folder}: preprocessor_config.json is missing{CLIP_ORIGIN}")
+    vision = config["vision_config"] if "vision_config" in config else config
+    return {"model_type": f"{kind}_vision_model", **_pick(vision, VISION_KINDS[kind].fields)}
+
+
+def read_vision_weights(folder: Path, account: Account) -> dict[str, Expression]:
+    """The tensors of the vision encoder in such a folder, by their names within it. Raises ConversionError without any."""
     weights = account.add(read_weights(folder, CLIP_ORIGIN))
-    targets = {}
+    targets: dict[str, Expression] = {}
     for name, tensor in weights.items():
         if not name.startswith("vision_model."):
-            account.ignore([tensor], "the text part of CLIP, which the model has not")
+            account.ignore([tensor], "the text part of CLIP or SigLIP, which the model has not")
         elif name.endswith(".position_ids"):
             account.ignore([tensor], "position indices, which follow from the configuration")
         else:
             targets[name.removeprefix("vision_model.")] = tensor
     if not targets:
-        raise ConversionError(f"{folder}: no tensors of a CLIP vision encoder there{CLIP_ORIGIN}")
-    return Tower({"model_type": "clip_vision_model", **_pick(vision, CLIP_FIELDS)}, targets)
+        raise ConversionError(f"{folder}: no tensors of a vision encoder there{CLIP_ORIGIN}")
+    return targets
 
 
 def read_whisper(folder: Path, account: Account) -> Tower:

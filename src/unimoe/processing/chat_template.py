@@ -42,4 +42,52 @@ UNI_MOE_CHAT_TEMPLATE = r"""
 {%- endif -%}
 """
 
+# CuMo, the "mistral_instruct_system" conversation: "<s>" is written out although the tokenizer puts another one before it;
+# the system text stands inside the first question; an answer has a space before and behind it. With an empty system message
+# this is "mistral_instruct". A turn's only image is moved to its front, as the original's training does; several stay where
+# they are. An answer before the first question is left out.
+CUMO_CHAT_TEMPLATE = r"""
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. " ~
+    "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- set media = content | rejectattr('type', 'equalto', 'text') | list -%}
+        {%- if media | length == 1 and content[0]['type'] == 'text' -%}
+            {{- '<' ~ media[0]['type'] ~ '>\n' -}}
+            {{- content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join | trim -}}
+        {%- else -%}
+            {%- for block in content -%}
+                {{- block['text'] if block['type'] == 'text' else '<' ~ block['type'] ~ '>\n' -}}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = render(messages[0]['content']) -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- if turns and turns[0]['role'] == 'assistant' -%}
+    {%- set turns = turns[1:] -%}
+{%- endif -%}
+{{- '<s>' -}}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '[INST] ' -}}
+        {%- if loop.first and system -%}
+            {{- '<<SYS>>\n' ~ system ~ '\n<</SYS>>\n\n' -}}
+        {%- endif -%}
+        {{- render(message['content']) ~ ' [/INST]' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- ' ' ~ render(message['content']) ~ ' </s>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception("role '" ~ message['role'] ~ "': only 'user' and 'assistant', and 'system' first.") -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
 DEFAULT_CHAT_TEMPLATE = UNI_MOE_CHAT_TEMPLATE
