@@ -46,7 +46,7 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as workspace:
         archive = _download(version, Path(workspace))
         extracted = Path(workspace) / "extracted"
-        _extract(archive, version, extracted)
+        extract(archive, version, extracted)
         folder.parent.mkdir(exist_ok=True)
         try:
             # In one step, so that an interrupted run leaves nothing half done.
@@ -74,13 +74,19 @@ def _download(version: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _extract(archive: Path, version: str, folder: Path):
-    """Writes the archive's top-level test modules, and nothing else, into `folder`."""
+def extract(archive: Path, version: str, folder: Path):
+    """Writes the archive's top-level test modules, and nothing else, into the new `folder`.
+
+    Raises:
+        CommonTestsUnavailable: The archive holds no common tests.
+        ValueError: The archive is of another version than `version`.
+    """
     root = f"transformers-{version}"
     folder.mkdir()
     with tarfile.open(archive) as tar:
-        if version not in archived_versions(tar):
-            raise ValueError(f"{archive.name} is of {archived_versions(tar)}, but Transformers {version} is installed")
+        found = _archived_version(tar)
+        if found != version:
+            raise ValueError(f"{archive.name} is of {found}, but Transformers {version} is installed")
         for member in tar:
             path = PurePosixPath(member.name)
             if member.isfile() and path.parent == PurePosixPath(root, "tests") and path.suffix == ".py":
@@ -90,14 +96,14 @@ def _extract(archive: Path, version: str, folder: Path):
         raise CommonTestsUnavailable(f"{archive.name} holds no common test classes")
 
 
-def archived_versions(tar: tarfile.TarFile) -> set[str]:
-    """The versions that the metadata at the top of a source distribution names."""
-    versions = set()
+def _archived_version(tar: tarfile.TarFile) -> str | None:
+    """The version in the metadata at the top of a source distribution."""
     for member in tar:
-        if member.isfile() and PurePosixPath(member.name).match("*/PKG-INFO") and member.name.count("/") == 1:
-            lines = tar.extractfile(member).read().decode().splitlines()
-            versions |= {line.split(":", 1)[1].strip() for line in lines if line.startswith("Version:")}
-    return versions
+        if member.isfile() and member.name.count("/") == 1 and member.name.endswith("/PKG-INFO"):
+            for line in tar.extractfile(member).read().decode().splitlines():
+                if line.startswith("Version:"):
+                    return line.removeprefix("Version:").strip()
+    return None
 
 
 def load(name: str) -> ModuleType:
