@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from golden_sets import find_set
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN_FOLDERS = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "fixtures" / "golden")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
     "polite answers to the user's questions."
@@ -42,16 +41,10 @@ VARIANTS = [
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
-def find_set(name: str) -> Path | None:
-    """The `public` folder of a set, None where no copy of it exists."""
-    folders = (folder / name / "public" for folder in GOLDEN_FOLDERS)
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
 def read_cases(variant: Variant) -> dict[str, dict]:
     """The facts that go with each case of prompts; `train_*` and `batch_*` are batches with labels."""
     folder = find_set(variant.golden)
-    if folder is None:
+    if folder is None or not (folder / f"{variant.cases}.json").is_file():
         return {}
     content = json.loads((folder / f"{variant.cases}.json").read_text())
     return {name: facts for name, facts in content.get("cases", content).items() if _is_case(facts)}
