@@ -38,6 +38,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_path(cumo, "--vision-tower", "DIR", "CLIP folder, for its settings alone", required=True)
     _add_common(cumo, dtype="bfloat16")
     cumo.set_defaults(run=run, plan=_plan_cumo)
+    moe_llava = families.add_parser(
+        "moe-llava",
+        help="MoE-LLaVA: StableLM, Qwen, Phi and OpenChat, of any of its three stages",
+        description="Converts a MoE-LLaVA checkpoint. Which one it is, is told by its config.json and its files.",
+    )
+    _add_path(moe_llava, "--checkpoint", "DIR", "checkpoint folder of any stage", required=True)
+    _add_path(moe_llava, "--vision-tower", "DIR", "CLIP or SigLIP folder", required=True)
+    _add_path(moe_llava, "--base", "DIR", "the decoder's own folder, for a first-stage projector")
+    _add_common(moe_llava)
+    moe_llava.set_defaults(run=run, plan=_plan_moe_llava)
 
 
 def _add_path(parser: argparse.ArgumentParser, option: str, metavar: str, help: str, required: bool = False) -> None:
@@ -107,3 +117,11 @@ def _plan_cumo(args: argparse.Namespace):
     from ..conversion.cumo import CuMoPaths, plan_cumo
 
     return plan_cumo(CuMoPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower))
+
+
+def _plan_moe_llava(args: argparse.Namespace):
+    from ..conversion.moe_llava import MoELLaVAPaths, plan_moe_llava
+
+    return plan_moe_llava(
+        MoELLaVAPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower, base=args.base)
+    )

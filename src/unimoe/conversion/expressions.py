@@ -82,6 +82,21 @@ class Reshape(_Composite):
         self.parts[0].write(out.view(self.parts[0].shape))
 
 
+class Rows(_Composite):
+    """Some rows of a tensor: the queries of a map that makes queries, keys and values at once."""
+
+    def __init__(self, part: Expression, start: int, length: int):
+        self.parts = [part]
+        self.start = start
+        self.shape = (length, *part.shape[1:])
+        if not 0 <= start <= start + length <= part.shape[0]:
+            raise ConversionError(f"{_names(self.parts)}: rows {start} to {start + length} of shape {tuple(part.shape)}")
+
+    def write(self, out: torch.Tensor) -> None:
+        whole = evaluate(self.parts[0], out.dtype)
+        out.copy_(whole[self.start : self.start + self.shape[0]])
+
+
 class LowRankUpdate(_Composite):
     """`base + scale * b @ a`, computed in float32: a merged LoRA adapter.
 
