@@ -38,7 +38,7 @@ def copy_set(source: Path, name: str, left_out: list[str]) -> None:
         if file.name.startswith("cases") and file.suffix == ".safetensors":
             copy_cases(file, copy, KEEP_CASES[name], left_out)
         elif file.name.startswith("cases") and file.suffix == ".json":
-            copy_facts(file, copy, KEEP_CASES[name])
+            copy_facts(file, copy, KEEP_CASES[name], left_out)
         else:
             shutil.copyfile(file, copy)
     folders = (path.relative_to(public).as_posix() for path in public.rglob("*") if path.is_dir())
@@ -56,7 +56,7 @@ def copy_cases(file: Path, copy: Path, keep: str, left_out: list[str]) -> None:
     save_file(kept, copy)
 
 
-def copy_facts(file: Path, copy: Path, keep: str) -> None:
+def copy_facts(file: Path, copy: Path, keep: str, left_out: list[str]) -> None:
     """Takes the cases out that are left out; facts about the whole set stay."""
     content = json.loads(file.read_text())
     cases = content.get("cases", content)
@@ -64,6 +64,7 @@ def copy_facts(file: Path, copy: Path, keep: str) -> None:
         is_case = isinstance(facts, dict) and {"input_ids", "samples", "seq_len_spliced"} & facts.keys()
         if is_case and not re.fullmatch(keep, name):
             del cases[name]
+            left_out.append(name)
     copy.write_text(json.dumps(content))
 
 
