@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -21,6 +21,7 @@ from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector, init_connector_weights
 from .multi_scale import merge_tiles, resize_and_tile
+from .qwen import build_decoder
 from .router_losses import load_balancing_loss, router_z_loss
 from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
@@ -159,7 +160,7 @@ def _build_backbone(
 ) -> PreTrainedModel:
     """A stock Transformers model from its config, its FFNs made sparse where `sparsity` says so."""
     requested = sub_config._experts_implementation or config._experts_implementation
-    backbone = AutoModel.from_config(_without_experts_request(sub_config))
+    backbone = build_decoder(_without_experts_request(sub_config))
     if sparsity is not None:
         sparsify(
             backbone,
@@ -464,6 +465,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
         encoded |= self.encode_media(
             pixel_values, pixel_values_videos, video_frame_mask, input_values, input_values_mask, input_features
         )
+        if kwargs.get("output_router_logits") is None and self.config.output_router_logits:
+            # The decoder would ask its own configuration.
+            kwargs["output_router_logits"] = True
         outputs = self.language_model(
             inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
             attention_mask=attention_mask,
