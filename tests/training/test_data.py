@@ -1,0 +1,92 @@
+"""The data set: lazy decoding in workers, unreadable files, counting."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from training_records import RECORDS, turn
+
+from unimoe.training.collator import MultimodalCollator
+from unimoe.training.data import ConversationDataset
+from unimoe.training.records import DataError
+
+
+def damaged(data_file, count=3):
+    """Images of which the second is no image; text in between."""
+    records = [{"image": f"image{i}.png", "conversations": turn("<image>", f"{i}")} for i in range(count)]
+    file = data_file([*records, *RECORDS[4:5]])
+    broken = file.parent / "image1.png"
+    broken.unlink()
+    broken.write_bytes(b"not an image")
+    return file
+
+
+def test_unreadable_media_are_skipped_and_counted(processor, data_file):
+    dataset = ConversationDataset(damaged(data_file), processor)
+    loader = DataLoader(dataset, batch_size=1, num_workers=1, collate_fn=list)
+    for _ in range(2):
+        samples = [batch[0] for batch in loader]
+        # The next record of the same mix stands in.
+        assert torch.equal(samples[1].inputs["labels"], samples[2].inputs["labels"])
+        assert dataset.counts() == {"unreadable": 1, "truncated": 0, "without_answer": 0}
+
+
+def test_unreadable_media_stop_the_run(processor, data_file):
+    dataset = ConversationDataset(damaged(data_file), processor, on_unreadable="stop")
+    assert dataset[0].num_labels
+    with pytest.raises(DataError, match=r"data.json\[1\].*image1.png"):
+        dataset[1]
+
+
+def test_nothing_readable_is_an_error(processor, data_file):
+    file = data_file(RECORDS[:1])
+    dataset = ConversationDataset(file, processor)
+    (file.parent / "image0.png").unlink()
+    (file.parent / "image0.png").write_bytes(b"")
+    with pytest.raises(DataError, match="nor any other"):
+        dataset[0]
+
+
+def test_long_records_are_counted(processor, data_file):
+    file = data_file([{"conversations": turn("a", "b" * 50)}, {"conversations": turn("a" * 300, "b")}])
+    dataset = ConversationDataset(file, processor, max_length=200)
+    # Of the second, the answer lies behind the cut; the first stands in.
+    assert torch.equal(dataset[0].inputs["input_ids"], dataset[1].inputs["input_ids"])
+    assert len(dataset[0].inputs["input_ids"]) == 200
+    assert dataset.counts() == {"unreadable": 0, "truncated": 2, "without_answer": 1}
+
+
+def test_arguments(processor, data_file):
+    with pytest.raises(ValueError, match="maybe"):
+        ConversationDataset(data_file(), processor, on_unreadable="maybe")
+    with pytest.raises(DataError, match="no data file"):
+        ConversationDataset([], processor)
+    dataset = ConversationDataset(data_file(), processor)
+    assert dataset.types == [1, 4, 2, 8, 0, 1, 11] and len(dataset.lengths) == len(dataset) == 7
+
+
+def test_a_batch_of_everything(processor, data_file):
+    records = [*RECORDS, {"video": ["frame0.png", "frame1.png", "frame2.png"], "conversations": turn("<video>", "x")}]
+    dataset = ConversationDataset(data_file(records), processor)
+    samples = [dataset[i] for i in range(len(dataset))]
+    batch = MultimodalCollator(processor)(samples)
+    assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["pixel_values_videos"].shape == (2, 3, 3, 16, 16)
+    assert batch["video_frame_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert len(batch["input_values"]) == len(batch["input_values_mask"]) == 2 and len(batch["input_features"]) == 2
+    for i, sample in enumerate(samples):
+        end = len(sample.inputs["input_ids"])
+        for name, fill in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+            assert torch.equal(batch[name][i, :end], sample.inputs[name])
+            assert (batch[name][i, end:] == fill).all()
+    wide = MultimodalCollator(processor, pad_to_multiple_of=64)(samples)
+    assert wide["labels"].shape[1] % 64 == 0 and "video_frame_mask" not in MultimodalCollator(processor)(samples[:3])
+
+
+def test_a_mixed_batch_gives_the_losses_of_its_rows(processor, data_file, make_model):
+    model = make_model().eval()
+    dataset = ConversationDataset(data_file(), processor)
+    samples = [dataset[i] for i in range(len(dataset))]
+    collate = MultimodalCollator(processor)
+    with torch.no_grad():
+        alone = [model(**collate([sample])).loss * sample.num_labels for sample in samples]
+        together = model(**collate(samples)).loss
+    torch.testing.assert_close(together, sum(alone) / sum(sample.num_labels for sample in samples), atol=1e-5, rtol=0)

@@ -1,0 +1,98 @@
+"""Data files: formats, paths, and every bad record named by its index."""
+
+import json
+
+import pytest
+from tiny_processor import tiny_processor
+from training_records import RECORDS, turn
+
+from unimoe.training.records import DataError, mix_type, read_records
+
+
+def test_formats_and_types(processor, data_file):
+    records = read_records([data_file(), data_file(RECORDS[:1], "more.jsonl")], processor)
+    assert len(records) == 8
+    assert [record.name for record in records[6:]] == ["data.json[6]", "more.jsonl[0]"]
+    types = [mix_type(record.media, processor.towers) for record in records]
+    assert types == [1, 4, 2, 8, 0, 1, 1 + 2 + 8, 1]
+    assert [mix_type(record.media, ("image", "speech")) for record in records][:4] == [1, 4, 2, 2]
+    # Two frames are one video, two images are two.
+    assert len(records[1].media["video"]) == 1 and len(records[6].media["image"]) == 2
+    assert records[4].length == 7
+
+
+def test_lengths_of_the_originals(golden, processor):
+    folder = golden("unimoe_speech")
+    recorded = json.loads((folder / "cases_v1.5.json").read_text())["modality_lengths_type"]
+    records = read_records(
+        folder / "inputs" / "train_samples.json", tiny_processor(("image", "video", "speech")), folder
+    )
+    assert [[record.length, mix_type(record.media, ("speech",))] for record in records] == recorded
+
+
+def test_paths_start_from_the_root(processor, media_folder, tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(RECORDS[:1] + RECORDS[5:6]))
+    with pytest.raises(DataError, match=r"2 of 2 records.*\[0\].*image0.png.*\[1\]"):
+        read_records(file, processor)
+    records = read_records(file, processor, media_root=media_folder)
+    assert str(records[1].media["image"][0]) == str(media_folder / "image1.png")
+
+
+def test_an_answer_before_the_first_question_is_left_out(processor, data_file):
+    first = [{"from": "gpt", "value": "hi"}]
+    record = read_records(data_file([{"conversations": first + turn("a", "b")}]), processor)[0]
+    assert [message["content"] for message in record.messages] == ["a", "b"]
+
+
+BAD = {
+    "no dict": ("text", "'conversations' or 'messages'"),
+    "no turns": ({"conversations": []}, "not be empty"),
+    "role": ({"conversations": [{"from": "robot", "value": "x"}]}, "robot"),
+    "order": ({"conversations": [{"from": "human", "value": "x"}] * 2}, "alternate"),
+    "no answer": ({"conversations": [{"from": "human", "value": "x"}]}, "last answer"),
+    "empty answer": ({"conversations": turn("x", " ")}, "empty answer"),
+    "missing file": ({"image": "absent.png", "conversations": turn("<image>", "x")}, "absent.png"),
+    "no item": ({"conversations": turn("<image>", "x")}, "0 items under 'image' for 1 <image>"),
+    "surplus": ({"image": ["image0.png"] * 2, "conversations": turn("<image>", "x")}, "2 items"),
+    "voices": ({"voice": ["audio.wav"], "conversations": turn("x", "x")}, "voice"),
+    "chat item": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
+        "gives no item",
+    ),
+    "chat role": ({"messages": [{"role": "tool", "content": "x"}]}, "tool"),
+}
+
+
+def test_every_bad_record_is_named(processor, data_file):
+    records = [RECORDS[4]] + [record for record, _ in BAD.values()]
+    with pytest.raises(DataError) as caught:
+        read_records(data_file(records), processor)
+    message = str(caught.value)
+    assert f"{len(BAD)} of {len(records)} records" in message and "\n" not in message
+    for index, (name, (_, words)) in enumerate(BAD.items(), 1):
+        part = message.split(f"[{index}] ")[1].split(f"; [{index + 1}]")[0]
+        assert words in part, name
+    assert "[0]" not in message
+
+
+def test_many_bad_records_are_all_named(processor, data_file):
+    with pytest.raises(DataError, match="; and 20, 21, 22, 23, 24"):
+        read_records(data_file([{}] * 25), processor)
+
+
+def test_a_kind_without_a_tower(data_file):
+    with pytest.raises(DataError, match=r"\[1\] holds video.*\[2\] holds audio"):
+        read_records(data_file(RECORDS[:3]), tiny_processor(("image",)))
+
+
+@pytest.mark.parametrize(
+    "name, text, words", [("a.json", "{", "JSON"), ("a.json", "{}", "list"), ("a.json", "[]", "no rec")]
+)
+def test_unusable_files(processor, tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_records(tmp_path / name, processor)
+    (tmp_path / "b.jsonl").write_text('{"conversations": []}\nnot json\n')
+    with pytest.raises(DataError, match=r"\[1\] not valid JSON"):
+        read_records(tmp_path / "b.jsonl", processor)
