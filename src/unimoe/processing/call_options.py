@@ -1,10 +1,17 @@
 """The options of a processor call, checked before any work is done."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # Transformers lets callers group the options by modality.
-_GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
+_GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs")
+# What an image processor takes for one call; its other options would change the layout of the pixels.
+_IMAGE_OPTIONS = frozenset(
+    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std "
+    "do_convert_rgb".split()
+)
+# What a tokenizer may have been given as its own defaults, which then hold for a call.
+_TOKENIZER_OPTIONS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
 
 
 @dataclass(frozen=True)
@@ -13,6 +20,7 @@ class CallOptions:
 
     sampling_rate: int | None = None
     num_frames: int | None = None
+    do_sample_frames: bool = True
     padding: bool | str | None = False
     padding_side: str | None = None
     truncation: bool | None = False
@@ -21,18 +29,32 @@ class CallOptions:
     add_special_tokens: bool = True
     return_mm_token_type_ids: bool = False
     return_tensors: str | None = None
+    image_options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, kwargs: dict[str, Any]) -> "CallOptions":
-        """From keyword arguments, also grouped ones. Raises TypeError for unknown, ValueError for impossible ones."""
+    def read(cls, kwargs: dict[str, Any], tokenizer_options: dict[str, Any]) -> "CallOptions":
+        """From keyword arguments, also grouped ones; None stands for "not given".
+
+        Raises TypeError for unknown ones, ValueError for impossible ones and for one that is given twice.
+        """
+        kwargs = dict(kwargs)
+        common = kwargs.pop("common_kwargs", None) or {}
         options: dict[str, Any] = {}
         for name, value in kwargs.items():
-            options.update(value if name in _GROUPS else {name: value})
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(options.keys() - set(known))
+            for option, setting in ((value or {}) if name in _GROUPS else {name: value}).items():
+                if setting is None:
+                    continue
+                if option in options:
+                    raise ValueError(f"{option}= is given twice, directly and in one of the groups; give it once.")
+                options[option] = setting
+        options = {**common, **options}
+        unknown = sorted(options.keys() - CALL_OPTIONS - _IMAGE_OPTIONS)
         if unknown:
-            raise TypeError(f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}.")
-        options = cls(**options)
+            known = ", ".join(sorted(CALL_OPTIONS) + sorted(_IMAGE_OPTIONS))
+            raise TypeError(f"unknown argument {', '.join(unknown)}; known are {known}.")
+        image_options = {name: options.pop(name) for name in _IMAGE_OPTIONS & options.keys()}
+        defaults = {name: value for name, value in tokenizer_options.items() if name in _TOKENIZER_OPTIONS}
+        options = cls(**{**defaults, **options}, image_options=image_options)
         if options.padding_mode not in ("longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding={options.padding!r}: use True, False, 'longest', 'max_length' or 'do_not_pad'.")
         for name, values in (("padding_side", (None, "left", "right")), ("return_tensors", (None, "pt", "np"))):
@@ -49,4 +71,4 @@ class CallOptions:
         return names.get(self.padding, getattr(self.padding, "value", self.padding))
 
 
-CALL_OPTIONS = frozenset(field.name for field in fields(CallOptions))
+CALL_OPTIONS = frozenset(field.name for field in fields(CallOptions)) - {"image_options"}

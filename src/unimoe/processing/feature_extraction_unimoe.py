@@ -123,6 +123,9 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
     ):
         # Saved by the base class beside num_mel_bins, which it repeats.
         kwargs.pop("feature_size", None)
+        # Chunks are not padded to each other. With a side of its own, Transformers' pipelines would refuse batches
+        # wherever the tokenizer pads on the other.
+        kwargs["padding_side"] = None
         super().__init__(feature_size=num_mel_bins, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.audio_chunk_samples = audio_chunk_samples
         self.audio_max_chunks = audio_max_chunks

@@ -23,21 +23,28 @@ def on_pil_backend(image_processor: Any) -> Any:
     return pil_class.from_dict(image_processor.to_dict())
 
 
-def image_pixels(image_processor: Any, images: list[Image.Image], pad_to_square: bool) -> np.ndarray:
-    """RGB images to float32 [N, 3, R, R], on request each first centred on a square canvas in the mean colour."""
+def image_pixels(
+    image_processor: Any, images: list[Image.Image], pad_to_square: bool, options: dict[str, Any]
+) -> np.ndarray:
+    """RGB images to float32 [N, 3, R, R], on request each first centred on a square canvas in the mean colour.
+
+    `options` replace those of the image processor.
+    """
     if pad_to_square:
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [_pad_to_square(image, colour) for image in images]
-    pixels = image_processor(images=images, return_tensors="np")["pixel_values"]
+    pixels = image_processor(images=images, return_tensors="np", **options)["pixel_values"]
     return np.asarray(pixels, dtype=np.float32)
 
 
-def video_pixels(image_processor: Any, videos: list[list[Image.Image]], pad_to_square: bool) -> dict[str, np.ndarray]:
+def video_pixels(
+    image_processor: Any, videos: list[list[Image.Image]], pad_to_square: bool, options: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """Videos as lists of RGB frames to `pixel_values_videos` float32 [N, F, 3, R, R].
 
     Where their lengths differ, the shorter end in zero frames and `video_frame_mask` int64 [N, F] tells the real ones.
     """
-    frames = image_pixels(image_processor, [frame for video in videos for frame in video], pad_to_square)
+    frames = image_pixels(image_processor, [frame for video in videos for frame in video], pad_to_square, options)
     lengths = [len(video) for video in videos]
     pixels = np.zeros((len(videos), max(lengths), *frames.shape[1:]), dtype=np.float32)
     mask = np.zeros(pixels.shape[:2], dtype=np.int64)

@@ -1,5 +1,6 @@
 """`UniMoEProcessor`: texts with placeholders and their media to what the model takes."""
 
+import sys
 from typing import Any
 
 from tokenizers import AddedToken
@@ -105,6 +106,8 @@ class UniMoEProcessor(ProcessorMixin):
         self.audio_token = audio_token
         self.speech_token = speech_token
         self.max_length = max_length
+        # Saving would add it, and a processor would then differ from what it was before.
+        self.auto_map = {"AutoProcessor": "processing_unimoe.UniMoEProcessor"}
         super().__init__(
             image_processor=on_pil_backend(image_processor),
             tokenizer=tokenizer,
@@ -171,13 +174,16 @@ class UniMoEProcessor(ProcessorMixin):
                 one. A model with one sound tower takes `audio` and `speech` alike.
             kwargs: as follows.
             sampling_rate: of the sounds given as arrays, in Hz. Files know theirs.
-            num_frames: frames to read from a video file, instead of `num_video_frames`.
+            num_frames: frames to read from a video file, instead of `num_video_frames`; with `do_sample_frames=False`
+                all of them.
             padding: True or "longest", "max_length", or False. Its side is `padding_side` or the tokenizer's.
             truncation: cut a prompt behind `max_length` (or the processor's) tokens instead of refusing it, which must
                 not cut away a medium.
             add_special_tokens: False leaves out the tokenizer's BOS.
             return_mm_token_type_ids: add `mm_token_type_ids`: 0 text, 1 image, 2 video, 3 sound.
             return_tensors: "pt", "np", or None for lists of ids and arrays of features.
+            do_resize, size, resample, do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize, image_mean,
+                image_std, do_convert_rgb: instead of the image processor's own, for images and frames.
 
         Returns:
             BatchFeature with `input_ids` and `attention_mask` [B, S] and, where there are such items, in the order of
@@ -191,7 +197,7 @@ class UniMoEProcessor(ProcessorMixin):
                 afterwards for an unreadable file and a prompt that is too long.
         """
         media = {"image": images, "video": videos, "audio": audio, "speech": speech}
-        return self._prepare(text, media, CallOptions.read(kwargs))
+        return self._prepare(text, media, CallOptions.read(kwargs, self.tokenizer.init_kwargs))
 
     def _prepare(
         self,
@@ -305,11 +311,12 @@ class UniMoEProcessor(ProcessorMixin):
             chosen = [slots[i] for i in indices]
             if tower == "image":
                 images = [load_image(slot.item, slot.name) for slot in chosen]
-                features["pixel_values"] = image_pixels(self.image_processor, images, pad)
+                features["pixel_values"] = image_pixels(self.image_processor, images, pad, options.image_options)
             elif tower == "video":
-                num_frames = options.num_frames or self.num_video_frames
+                # A video gives all it has where it has fewer frames.
+                num_frames = options.num_frames or self.num_video_frames if options.do_sample_frames else sys.maxsize
                 videos = [load_video(slot.item, num_frames, slot.name) for slot in chosen]
-                features.update(video_pixels(self.image_processor, videos, pad))
+                features.update(video_pixels(self.image_processor, videos, pad, options.image_options))
             else:
                 extracted = self._sounds(tower, chosen, options.sampling_rate)
                 for i, count in zip(indices, extracted.pop("num_chunks")):
@@ -412,9 +419,8 @@ class UniMoEProcessor(ProcessorMixin):
         if not tokenize:
             return texts if batched else texts[0]
         media = {kind: gather_items(kind, items[kind], options.pop(name, None)) for kind, name in ARGUMENTS.items()}
-        outputs = self._prepare(
-            texts, media, CallOptions.read(options), answer_spans if return_assistant_tokens_mask else None
-        )
+        read = CallOptions.read(options, self.tokenizer.init_kwargs)
+        outputs = self._prepare(texts, media, read, answer_spans if return_assistant_tokens_mask else None)
         return outputs if return_dict else outputs["input_ids"]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:

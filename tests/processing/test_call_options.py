@@ -1,0 +1,74 @@
+"""`CallOptions`, and the options that `UniMoEProcessor` takes in the manner of Transformers' processors."""
+
+import av
+import numpy as np
+import pytest
+from tiny_processor import image, tiny_processor
+
+from unimoe.processing.call_options import CallOptions
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def test_groups_and_none():
+    options = CallOptions.read(
+        {
+            "common_kwargs": {"return_tensors": "np"},
+            "text_kwargs": {"padding": True},
+            "videos_kwargs": None,
+            "num_frames": 3,
+            "fps": None,
+        },
+        {},
+    )
+    assert (options.return_tensors, options.padding_mode, options.num_frames) == ("np", "longest", 3)
+
+
+def test_common_group_gives_way():
+    options = CallOptions.read({"common_kwargs": {"return_tensors": "np"}, "return_tensors": "pt"}, {})
+    assert options.return_tensors == "pt"
+
+
+def test_given_twice():
+    with pytest.raises(ValueError, match="padding= is given twice"):
+        CallOptions.read({"text_kwargs": {"padding": True}, "padding": True}, {})
+
+
+def test_unknown():
+    with pytest.raises(TypeError, match="unknown argument image_options; known are "):
+        CallOptions.read({"image_options": {}}, {})
+
+
+def test_tokenizer_options_are_defaults():
+    tokenizer_options = {"padding": "max_length", "max_length": 9, "model_max_length": 5}
+    options = CallOptions.read({"max_length": 12}, tokenizer_options)
+    assert (options.padding_mode, options.max_length) == ("max_length", 12)
+
+
+def test_image_options(processor):
+    whole = processor("<image>", images=image())["pixel_values"]
+    raw = processor("<image>", images=image(), do_rescale=False, do_normalize=False)["pixel_values"]
+    mean = np.reshape(processor.image_processor.image_mean, (3, 1, 1))
+    std = np.reshape(processor.image_processor.image_std, (3, 1, 1))
+    np.testing.assert_allclose((raw / 255 - mean) / std, whole, atol=1e-5)
+    video = processor("<video>", videos=[image()], images_kwargs={"do_rescale": False, "do_normalize": False})
+    np.testing.assert_array_equal(video["pixel_values_videos"][:, 0], raw)
+
+
+def test_every_frame_of_a_video(processor, tmp_path):
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 32, 32
+        for index in range(12):
+            picture = np.full((32, 32, 3), 20 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    lengths = {
+        "as configured": processor("<video>", videos=str(path)),
+        "all": processor("<video>", videos=str(path), do_sample_frames=False),
+    }
+    assert [inputs["pixel_values_videos"].shape[1] for inputs in lengths.values()] == [8, 12]
