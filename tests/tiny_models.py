@@ -46,16 +46,7 @@ def tiny_config(**overrides: Any) -> UniMoEConfig:
         "audio_connector_config": {
             "type": "qformer",
             "num_query_tokens": 3,
-            "backbone_config": {
-                "hidden_size": 32,
-                "encoder_hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "cross_attention_frequency": 1,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
+            "backbone_config": tiny_qformer_config(),
         },
         "speech_connector_config": {
             "type": "whisper_decoder",
@@ -104,6 +95,21 @@ def tiny_whisper_config(**overrides: Any) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "decoder_start_token_id": 1,
+        **overrides,
+    }
+
+
+def tiny_qformer_config(**overrides: Any) -> dict[str, Any]:
+    """The audio connector's Q-Former of `tiny_config`, with some fields replaced."""
+    return {
+        "hidden_size": 32,
+        "encoder_hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "cross_attention_frequency": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
         **overrides,
     }
 

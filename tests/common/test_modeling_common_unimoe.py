@@ -6,7 +6,14 @@ from unittest.mock import patch
 import torch
 from common.loading import load
 from common.skips import without_inapplicable_tests
-from tiny_models import num_placeholders, tiny_config, tiny_inputs, tiny_text_config, tiny_whisper_config
+from tiny_models import (
+    num_placeholders,
+    tiny_config,
+    tiny_inputs,
+    tiny_qformer_config,
+    tiny_text_config,
+    tiny_whisper_config,
+)
 
 from unimoe import UniMoEConfig, UniMoEForConditionalGeneration, UniMoEModel, UniMoEPreTrainedModel
 
@@ -46,9 +53,14 @@ class UniMoEModelTester:
         self.image_length = num_placeholders(config, "image")
 
     def get_config(self) -> UniMoEConfig:
+        # The tests go through the parameters one by one, many times; more layers would only take more time.
+        qformer = {"type": "qformer", "backbone_config": tiny_qformer_config(num_hidden_layers=1)}
+        decoder = {"type": "whisper_decoder", "backbone_config": tiny_whisper_config(decoder_layers=1)}
         return tiny_config(
             text_config=tiny_text_config(num_hidden_layers=2),
             speech_config=tiny_whisper_config(encoder_layers=1),
+            audio_connector_config={**qformer, "num_query_tokens": 3},
+            speech_connector_config={**decoder, "num_query_tokens": 5},
             **PLACEHOLDERS,
         )
 
