@@ -17,12 +17,13 @@ from .errors import ConversionError
 from .family import Conversion
 from .model_card import model_card
 from .sentencepiece_tokenizer import load_llama_tokenizer
+from .tiktoken_tokenizer import find_table, load_tiktoken_tokenizer
 
 ARCHITECTURE = "UniMoEForConditionalGeneration"
 IMAGE_PROCESSORS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
 NO_TOKENIZER = (
-    "no tokenizer found, so the folder has no processor: the model loads and runs on ids and features, and a tokenizer can be "
-    "added by converting again"
+    "No tokenizer was found, so the folder has no processor: the model loads and runs on ids and features, and a tokenizer "
+    "can be added by converting again."
 )
 
 
@@ -37,8 +38,10 @@ def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
         return None
     if (folder / "tokenizer.model").is_file():
         tokenizer = load_llama_tokenizer(folder)
-    elif (folder / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    elif (table := find_table(folder)) is not None:
+        tokenizer = load_tiktoken_tokenizer(table)
+    elif (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     else:
         return None
     # Embeddings often have more rows than the tokenizer has tokens. Those get names, so that the placeholders' ids lie beyond
