@@ -13,10 +13,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     uni_moe = families.add_parser(
         "uni-moe",
         help="Uni-MoE v1: audio, speech (e2, v1.5) and eight-expert releases",
-        description="Converts a Uni-MoE v1 release. Which one it is, is told by the files themselves.",
+        description="Converts a Uni-MoE v1 release. Which one it is, is told by the files themselves. With --base and "
+        "--checkpoint given twice, for an audio and a speech release whose decoders are equal, one model with both sound "
+        "towers is made.",
     )
-    _add_path(uni_moe, "--base", "DIR", "folder of the base: decoder shards and tokenizer", required=True)
-    _add_path(uni_moe, "--checkpoint", "DIR", "fine-tuned folder: adapter, gates, aligner", required=True)
+    for option, help in (
+        ("--base", "folder of the base: decoder shards and tokenizer"),
+        ("--checkpoint", "fine-tuned folder: adapter, gates, aligner"),
+    ):
+        uni_moe.add_argument(option, metavar="DIR", type=Path, required=True, action="append", help=help)
     _add_path(uni_moe, "--vision-tower", "DIR", "CLIP folder", required=True)
     _add_path(uni_moe, "--audio-tower", "FILE.pt", "BEATs file, for audio models")
     _add_path(uni_moe, "--speech-tower", "DIR", "Whisper folder, for speech models")
@@ -98,19 +103,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan_uni_moe(args: argparse.Namespace):
+    from ..conversion.errors import ConversionError
     from ..conversion.uni_moe import UniMoEPaths, plan_uni_moe
+    from ..conversion.uni_moe_joined import plan_joined_uni_moe
 
-    return plan_uni_moe(
+    if len(args.base) != len(args.checkpoint) or len(args.base) > 2:
+        raise ConversionError(
+            f"--base is given {len(args.base)} times and --checkpoint {len(args.checkpoint)} times; give each once, or each "
+            "twice to join an audio and a speech release"
+        )
+    releases = [
         UniMoEPaths(
-            base=args.base,
-            checkpoint=args.checkpoint,
+            base=base,
+            checkpoint=checkpoint,
             vision_tower=args.vision_tower,
             audio_tower=args.audio_tower,
             speech_tower=args.speech_tower,
             experts=args.experts,
             qformer_num_attention_heads=args.qformer_num_attention_heads,
         )
-    )
+        for base, checkpoint in zip(args.base, args.checkpoint)
+    ]
+    return plan_joined_uni_moe(*releases) if len(releases) == 2 else plan_uni_moe(*releases)
 
 
 def _plan_cumo(args: argparse.Namespace):

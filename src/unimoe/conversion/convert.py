@@ -7,6 +7,7 @@ import torch
 from .errors import ConversionError
 from .family import Conversion
 from .folder import NO_TOKENIZER, build_processor, load_tokenizer, write_small_files
+from .hub import create_repository, upload
 from .plan import files_of, format_bytes
 from .writer import check_output, new_folder, write_weights
 
@@ -52,36 +53,18 @@ def convert(
     tokenizer = load_tokenizer(conversion)
     processor = build_processor(conversion, tokenizer) if tokenizer is not None else None
     if processor is None:
-        conversion.notes.append(f"There was {NO_TOKENIZER}.")
+        conversion.notes.append(NO_TOKENIZER)
     if dry_run:
         notes = [f"note: {note}" for note in conversion.notes]
         return "\n".join([f"{conversion.title} -> {output}", conversion.plan.describe(stored), *notes])
     check_output(output, overwrite)
+    address = create_repository(push_to_hub) if push_to_hub is not None else None
     with new_folder(output, num_bytes, overwrite) as folder:
         write_small_files(conversion, processor, folder, stored, remote_code, push_to_hub or output.name)
         write_weights(conversion.plan.targets, folder, stored, max_shard_size, progress)
     lines = [f"{conversion.title}: {format_bytes(num_bytes)} of {dtype} weights in {output}"]
     lines += [f"note: {note}" for note in conversion.notes]
     if push_to_hub is not None:
-        lines.append(f"uploaded to {upload(output, push_to_hub)}")
+        upload(output, push_to_hub)
+        lines.append(f"uploaded to {address}")
     return "\n".join(lines)
-
-
-def upload(folder: Path, repository: str) -> str:
-    """Uploads a finished folder; the repository is made, private, where there is none. Returns its address.
-
-    Raises:
-        ConversionError: The Hub refuses or cannot be reached. The folder stays as it is.
-    """
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    api = HfApi()
-    try:
-        address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload converted checkpoint")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{folder} is finished, but uploading it to {repository} failed: {reason}") from None
-    return str(address)
