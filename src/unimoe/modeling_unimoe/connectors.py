@@ -147,6 +147,17 @@ def build_connector(
     )
 
 
+def connector_router_logits(connector: nn.Module, features: torch.Tensor) -> torch.Tensor | None:
+    """What the router of a sparse connector says of features [..., D]: [..., E]; None for any other connector.
+
+    Computed a second time, which is a small map, rather than taken out of a forward pass that returns embeddings alone.
+    """
+    if not isinstance(connector, UniMoESparseMoeBlock):
+        return None
+    logits, *_ = connector.gate(features)
+    return logits.unflatten(0, features.shape[:-1])
+
+
 def init_connector_weights(module: nn.Module, std: float = 0.02) -> bool:
     """Initialises what a connector owns beside ordinary layers: its queries. For use in a model's `_init_weights`.
 

@@ -20,11 +20,11 @@ from transformers.utils.output_capturing import select_hidden_states
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector, init_connector_weights
-from .multi_scale import merge_tiles, resize_and_tile
 from .qwen import build_decoder
 from .router_losses import load_balancing_loss, router_z_loss
 from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
+from .vision_features import UniMoEVisionOutput, encode_images
 
 # The input that carries each modality, as `forward` names it.
 MEDIA_INPUTS = {
@@ -40,11 +40,15 @@ class UniMoEModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     Args:
         router_logits (`tuple` of float [B * S, E], one per sparse decoder layer): With `output_router_logits=True`.
+        vision_router_logits, connector_router_logits (`tuple` of float [N, tokens, E]): Likewise, of a sparse vision tower and a
+            sparse connector; see [`UniMoEVisionOutput`]. One per pass through the connector.
         image_hidden_states (float [N, P, H]), video_hidden_states (float [N, P, H]), audio_hidden_states (float [N, Q, H]),
             speech_hidden_states (float [N, Q, H]): The embeddings that replaced the placeholders; None without such items.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
+    vision_router_logits: tuple[torch.Tensor, ...] | None = None
+    connector_router_logits: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
@@ -70,6 +74,8 @@ class UniMoECausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
+    vision_router_logits: tuple[torch.Tensor, ...] | None = None
+    connector_router_logits: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
@@ -226,11 +232,12 @@ class UniMoEModel(UniMoEPreTrainedModel):
     @select_hidden_states(lambda model: [model.config.vision_feature_layer])
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    ) -> UniMoEVisionOutput:
         """Embeddings of images.
 
         Args:
             pixel_values: Float [N, 3, R, R], normalised as the vision tower expects.
+            kwargs: `output_router_logits=True` asks for the routers of a sparse tower and of a sparse connector.
 
         Returns:
             `pooler_output` [N, P, H] replaces the placeholders; `last_hidden_state` is the tower's selected layer, that of
@@ -244,14 +251,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         side = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f"`pixel_values` must be [N, 3, {side}, {side}], got {list(pixel_values.shape)}")
-        scales = self.config.vision_scales or [1]
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        outputs = [self.vision_tower(resize_and_tile(pixel_values, n), return_dict=True, **kwargs) for n in scales]
-        selected = [output.hidden_states[self.config.vision_feature_layer] for output in outputs]
-        if self.config.vision_feature_select_strategy == "default":
-            selected = [states[:, 1:] for states in selected]
-        features = torch.cat([merge_tiles(states, n) for states, n in zip(selected, scales)], dim=-1)
-        return _features(features, self.vision_connector(features), outputs[0])
+        return encode_images(self.config, self.vision_tower, self.vision_connector, pixel_values, **kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -359,14 +359,16 @@ class UniMoEModel(UniMoEPreTrainedModel):
         input_values: torch.Tensor | None = None,
         input_values_mask: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        output_router_logits: bool = False,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """Runs every tower that has an input. Keys are modalities; the result may be passed to `forward` or `generate`
-        as `mm_encoder_outputs` instead of the raw media."""
+        as `mm_encoder_outputs` instead of the raw media. `output_router_logits` concerns images and videos."""
         encoded = {}
+        vision = {"return_dict": True, "output_router_logits": output_router_logits}
         if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, return_dict=True)
+            encoded["image"] = self.get_image_features(pixel_values, **vision)
         if pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos, video_frame_mask, return_dict=True)
+            encoded["video"] = self.get_video_features(pixel_values_videos, video_frame_mask, **vision)
         if input_values is not None:
             encoded["audio"] = self.get_audio_features(input_values, input_values_mask, return_dict=True)
         if input_features is not None:
@@ -461,13 +463,19 @@ class UniMoEModel(UniMoEPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`")
-        encoded = dict(mm_encoder_outputs or {})
-        encoded |= self.encode_media(
-            pixel_values, pixel_values_videos, video_frame_mask, input_values, input_values_mask, input_features
-        )
         if kwargs.get("output_router_logits") is None and self.config.output_router_logits:
             # The decoder would ask its own configuration.
             kwargs["output_router_logits"] = True
+        encoded = dict(mm_encoder_outputs or {})
+        encoded |= self.encode_media(
+            pixel_values,
+            pixel_values_videos,
+            video_frame_mask,
+            input_values,
+            input_values_mask,
+            input_features,
+            output_router_logits=bool(kwargs.get("output_router_logits")),
+        )
         outputs = self.language_model(
             inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
             attention_mask=attention_mask,
@@ -482,6 +490,13 @@ class UniMoEModel(UniMoEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits"),
+            vision_router_logits=sum((output.get("router_logits") or () for output in encoded.values()), ()) or None,
+            connector_router_logits=tuple(
+                output.connector_router_logits
+                for output in encoded.values()
+                if output.get("connector_router_logits") is not None
+            )
+            or None,
             **features,
         )
 
@@ -617,6 +632,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
+            vision_router_logits=outputs.vision_router_logits if output_router_logits else None,
+            connector_router_logits=outputs.connector_router_logits if output_router_logits else None,
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
