@@ -292,3 +292,84 @@ def test_token_cases(loaded, golden_set):
         assert ids == probe.get("multimodal_ids", probe.get("ids")), probe["text"]
         if "<image>" not in probe["text"] and "<audio>" not in probe["text"] and "plain_ids" in probe:
             assert processor.tokenizer(probe["text"])["input_ids"] == probe["plain_ids"]
+
+
+def dense_eight_experts():
+    variant = BY_NAME["unimoe_8e-cases_dense"]
+    if find_set(variant.golden) is None:
+        pytest.skip("the set is not there")
+    return variant
+
+
+def test_gumbel_noise_as_recorded(loaded, monkeypatch):
+    """Asked for by the configuration, and given the recorded noise, the routers choose as recorded."""
+    variant = dense_eight_experts()
+    model, _, recorded = loaded(variant.name)
+    tensors = case_tensors(recorded, "text_with_gumbel")
+    layers = model.config.text_sparsity.layer_indices(model.config.text_config.num_hidden_layers)
+    for layer in layers:
+        gate = model.model.language_model.layers[layer].mlp.gate
+        monkeypatch.setattr(gate, "sample_noise", lambda count, noise=tensors[f"gumbel_noise.{layer}"]: noise)
+    with torch.no_grad():
+        outputs = model(inputs_embeds=tensors["inputs_embeds"], output_router_logits=True)
+    close(outputs.logits, tensors["logits"], variant.logits_atol, "logits")
+    for layer, logits in zip(layers, outputs.router_logits):
+        close(logits, tensors[f"router_logits.{layer}"], variant.logits_atol, f"router logits of layer {layer}")
+
+
+def test_gumbel_noise_is_off_unless_asked_for(converted):
+    from transformers import AutoConfig, AutoModelForMultimodalLM
+
+    folder = converted(dense_eight_experts().name)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.text_sparsity.router_noise is None
+    config.text_sparsity.router_noise = "gumbel"
+    noisy = AutoModelForMultimodalLM.from_pretrained(folder, config=config).eval()
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
+
+
+@pytest.mark.parametrize("case", [case for name, case in BATCHES if "8e-cases_dense" in name])
+def test_training_loss_with_auxiliary_losses(loaded, monkeypatch, case):
+    """The model's own loss is the recorded one, for each auxiliary loss and for all of them."""
+    variant = dense_eight_experts()
+    model, _, recorded = loaded(variant.name)
+    tensors, facts = case_tensors(recorded, case), read_cases(variant)[case]
+    labels, mask = tensors["labels_spliced"], tensors["attention_mask_spliced"].long()
+    sparsity = model.config.text_sparsity
+    assert sparsity.router_aux_loss_coef == facts["aux_coef"]["balance"]
+    experts = {"speech" if name == "audio" else name: value for name, value in facts["expert_indices"].items()}
+    assert sparsity.modality_experts == experts
+    # The recorded padding is zero vectors, which only embeddings can be; the ids tell the modalities.
+    config, rows = model.config, []
+    for i, (ids, keep) in enumerate(zip(tensors["input_ids"], tensors["attention_mask"])):
+        row = ids[keep.bool()].tolist()
+        row = expand(row, item_lengths(row, tensors, config, variant, i), config, variant.sound)
+        rows.append(row + [0] * (mask.shape[1] - len(row)))
+    real_types = model.model.token_types(torch.tensor(rows))
+    monkeypatch.setattr(model, "_modality_losses", modality_losses_of(model, real_types))
+    fields = {"balance": "router_aux_loss_coef", "multimodal": "router_modality_loss_coef", "kl": "router_divergence_loss_coef"}
+    wanted = {"ce": [], "ce+multimodal": ["multimodal"], "ce+kl": ["kl"]}
+    if mask.all():
+        # Here padding does not count for the balance, in the original it does; so only full rows are comparable.
+        wanted |= {"ce+balance": ["balance"], "all": list(fields)}
+    for recorded_name, names in wanted.items():
+        for name, field in fields.items():
+            monkeypatch.setattr(sparsity, field, facts["aux_coef"][name] if name in names else 0.0)
+        with torch.no_grad():
+            loss = model(inputs_embeds=tensors["inputs_embeds"], attention_mask=mask, labels=labels).loss
+        assert loss.item() == pytest.approx(facts["losses"][recorded_name], abs=1e-4), recorded_name
+
+
+def modality_losses_of(model, token_types):
+    """`_modality_losses` with the modalities known, since embeddings alone do not tell them."""
+    from unimoe.modeling_unimoe.router_losses import modality_divergence_loss, modality_expert_loss
+
+    def losses(router_logits, input_ids, coefs):
+        experts = model.config.text_sparsity.modality_experts
+        return coefs.get("modality", 0.0) * modality_expert_loss(router_logits, token_types, experts) + coefs.get(
+            "divergence", 0.0
+        ) * modality_divergence_loss(router_logits, token_types)
+
+    return losses

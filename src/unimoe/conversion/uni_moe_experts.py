@@ -10,7 +10,7 @@ from typing import Any
 
 from . import uni_moe_config as config_map
 from .errors import ConversionError
-from .expressions import Concatenate, Expression, LowRankUpdate, Stack
+from .expressions import Concatenate, Expression, LowRankUpdate, Reshape, Stack
 from .plan import Account
 from .reader import SourceTensor, read_file, read_json
 
@@ -74,17 +74,37 @@ def place_eight_experts(
         prefix = f"model.layers.{layer}.mlp."
         mlp = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         gate = mlp.pop("deepspeed_moe.gate.wg.weight", None)
+        maps = {name: mlp.pop(name) for name in list(mlp) if name.startswith("deepspeed_moe.fm_")}
         if layer not in indices:
             targets |= {f"layers.{layer}.mlp.{name}": weight for name, weight in mlp.items()}
             continue
         account.ignore(mlp.values(), "FFNs of the base in sparse layers; the experts have files of their own")
         if gate is not None:
             targets[f"layers.{layer}.mlp.gate.weight"] = gate
+        targets |= _modality_maps(maps, f"layers.{layer}.mlp.gate.modality_maps")
         targets |= stack_experts(f"layers.{layer}.mlp", [slot[layer] for slot in slots])
-    more: dict[str, Any] = {"router_dtype": "float32"}
-    if config.get("aux_balance_loss"):
-        more["router_aux_loss_coef"] = float(config.get("aux_balance_loss_coef") or 0.0)
-    return targets, config_map.sparsity(config, indices, config_file, **more)
+    return targets, config_map.sparsity(config, indices, config_file, **_router_settings(config))
+
+
+def _router_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Precision, modality maps and losses of the routers. Their random choices are left out unless asked for later."""
+    settings: dict[str, Any] = {"router_dtype": "float32", "router_modality_maps": bool(config.get("use_fm_block"))}
+    for name, loss in (("aux", "balance"), ("modality", "multimodal"), ("divergence", "kl")):
+        if config.get(f"aux_{loss}_loss"):
+            settings[f"router_{name}_loss_coef"] = float(config.get(f"aux_{loss}_loss_coef") or 0.0)
+    names = {"image": "image", "video": "video", "speech": "audio"}
+    experts = {ours: config[f"{theirs}_expert_indices"] for ours, theirs in names.items() if config.get(f"{theirs}_expert_indices")}
+    return {**settings, "modality_experts": experts or None}
+
+
+def _modality_maps(maps: dict[str, Expression], prefix: str) -> dict[str, Expression]:
+    """`fm_<modality>` convolutions of width 1, which are linear maps; the original calls speech audio."""
+    targets: dict[str, Expression] = {}
+    for name, weight in maps.items():
+        modality, kind = name.removeprefix("deepspeed_moe.fm_").split(".")
+        modality = "speech" if modality == "audio" else modality
+        targets[f"{prefix}.maps.{modality}.{kind}"] = Reshape(weight, weight.shape[:2]) if kind == "weight" else weight
+    return targets
 
 
 def _sparse_layers(config: dict[str, Any], file: Path) -> list[int]:

@@ -77,8 +77,14 @@ class UniMoESparsityConfig(PreTrainedConfig):
         norm_topk_prob: Whether the weights of the chosen experts are scaled to sum to one (Uni-MoE, MoE-LLaVA top-2, CuMo).
             Otherwise they are the probabilities over all experts.
         router_dtype: Precision of the router's linear map; `None` is the model's own, `"float32"` the gate of MoE-LLaVA.
+        router_noise: `"gumbel"` adds Gumbel noise to the choice of all experts but the first, in training and inference
+            alike, as the eight-expert Uni-MoE's original does; `None` routes deterministically.
+        router_modality_maps: Whether a linear map for each modality stands before the router; decoder only.
         router_aux_loss_coef: Weight of the load-balancing loss in the training loss; 0 leaves it out.
         router_z_loss_coef: Weight of the mean squared logsumexp of the router logits; 0 leaves it out.
+        router_modality_loss_coef: Weight of the loss that draws each modality to its `modality_experts`; decoder only.
+        router_divergence_loss_coef: Weight of the loss that draws the modalities' routing apart; decoder only.
+        modality_experts: The experts meant for each modality, such as `{"image": [1, 5]}`.
 
     Raises:
         ValueError: A value is out of its range or contradicts another; the message names the field.
@@ -91,8 +97,13 @@ class UniMoESparsityConfig(PreTrainedConfig):
     top_k: int = 2
     norm_topk_prob: bool = True
     router_dtype: str | None = None
+    router_noise: str | None = None
+    router_modality_maps: bool = False
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    router_modality_loss_coef: float = 0.0
+    router_divergence_loss_coef: float = 0.0
+    modality_experts: dict[str, list[int]] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -113,9 +124,17 @@ class UniMoESparsityConfig(PreTrainedConfig):
                 )
         if self.router_dtype not in (None, "float32"):
             raise ValueError(f"`router_dtype` must be None or 'float32', got {self.router_dtype!r}")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if self.router_noise not in (None, "gumbel"):
+            raise ValueError(f"`router_noise` must be None or 'gumbel', got {self.router_noise!r}")
+        for name in ("aux_loss", "z_loss", "modality_loss", "divergence_loss"):
+            name = f"router_{name}_coef"
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        for name, indices in (self.modality_experts or {}).items():
+            if name not in MODALITIES or not indices or not 0 <= min(indices) <= max(indices) < min(counts):
+                raise ValueError(f"`modality_experts` must list experts below {min(counts)} for {MODALITIES}, got {name}: {indices}")
+        if self.router_modality_loss_coef and not self.modality_experts:
+            raise ValueError("`router_modality_loss_coef` needs `modality_experts`")
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The sparse layers of a stack of `num_layers`, in the order in which `num_experts` counts for them.

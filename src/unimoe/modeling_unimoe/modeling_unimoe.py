@@ -21,7 +21,8 @@ from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector, init_connector_weights
 from .qwen import build_decoder
-from .router_losses import load_balancing_loss, router_z_loss
+from .modality_routing import TokenTypes, set_router_options, token_types_of
+from .router_losses import load_balancing_loss, modality_divergence_loss, modality_expert_loss, router_z_loss
 from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
 from .vision_features import UniMoEVisionOutput, encode_images
@@ -33,6 +34,9 @@ MEDIA_INPUTS = {
     "audio": "input_values",
     "speech": "input_features",
 }
+
+# The router losses by the field of the sparsity that holds their weight.
+ROUTER_LOSSES = {"aux": "aux_loss", "z": "z_loss", "modality": "modality_loss", "divergence": "divergence_loss"}
 
 
 @dataclass
@@ -220,6 +224,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 _without_experts_request(config.speech_connector_config), config.speech_config.d_model, width
             )
         self.language_model = _build_backbone(config, config.text_config, config.text_sparsity)
+        if config.text_sparsity is not None:
+            self.routed_token_types = TokenTypes()
+            set_router_options(
+                self.language_model, config.text_sparsity, config.input_modalities, self.routed_token_types
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -420,6 +429,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
         return inputs_embeds
 
+    def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The modality of each token of `input_ids` [B, S], as an index into `TOKEN_TYPES`; int [B, S]."""
+        names = self.config.input_modalities
+        return token_types_of(input_ids, {name: getattr(self.config, f"{name}_token_id") for name in names})
+
     def _check_count(self, modality: str, mask: torch.Tensor, num_features: int):
         if torch.compiler.is_compiling():
             return
@@ -476,6 +490,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
             input_features,
             output_router_logits=bool(kwargs.get("output_router_logits")),
         )
+        sparsity = self.config.text_sparsity
+        if sparsity is not None and sparsity.router_modality_maps:
+            self.routed_token_types.value_BS = None if input_ids is None else self.token_types(input_ids)
         outputs = self.language_model(
             inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
             attention_mask=attention_mask,
@@ -592,7 +609,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        aux_coef, z_coef = self._router_loss_coefs() if labels is not None else (0.0, 0.0)
+        coefs = self._router_loss_coefs() if labels is not None else {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -606,7 +623,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_router_logits=bool(output_router_logits or aux_coef or z_coef),
+            output_router_logits=bool(output_router_logits or coefs),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -621,8 +638,11 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             usable = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.numel() == num_tokens
             token_mask = attention_mask if usable else None
             aux_loss = load_balancing_loss(outputs.router_logits, token_mask)
-            if labels is not None and (aux_coef or z_coef):
-                weighted = aux_coef * aux_loss + z_coef * router_z_loss(outputs.router_logits, token_mask)
+            if coefs:
+                weighted = coefs.get("aux", 0.0) * aux_loss
+                if "z" in coefs:
+                    weighted = weighted + coefs["z"] * router_z_loss(outputs.router_logits, token_mask)
+                weighted = weighted + self._modality_losses(outputs.router_logits, input_ids, coefs)
                 loss = loss + (weighted * _share_of_batch(labels, kwargs.get("num_items_in_batch"))).to(loss.device)
         return UniMoECausalLMOutputWithPast(
             loss=loss,
@@ -640,15 +660,36 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             speech_hidden_states=outputs.speech_hidden_states,
         )
 
-    def _router_loss_coefs(self) -> tuple[float, float]:
-        """Weights of the load-balancing and of the z loss: ours, or those of a decoder that is sparse by itself."""
-        if self.config.text_sparsity is not None:
-            return self.config.text_sparsity.router_aux_loss_coef, self.config.text_sparsity.router_z_loss_coef
+    def _router_loss_coefs(self) -> dict[str, float]:
+        """Weights of the router losses that have one: ours, or those of a decoder that is sparse by itself."""
+        sparsity, text_config = self.config.text_sparsity, self.config.text_config
+        coefs = {}
+        if sparsity is not None:
+            coefs = {name: getattr(sparsity, f"router_{field}_coef") for name, field in ROUTER_LOSSES.items()}
         # Stock sparse decoders apply their coefficient only when asked to return router logits.
-        text_config = self.config.text_config
-        if getattr(text_config, "num_local_experts", None) and getattr(text_config, "output_router_logits", False):
-            return text_config.router_aux_loss_coef, 0.0
-        return 0.0, 0.0
+        elif getattr(text_config, "num_local_experts", None) and getattr(text_config, "output_router_logits", False):
+            coefs = {"aux": text_config.router_aux_loss_coef}
+        return {name: coef for name, coef in coefs.items() if coef}
+
+    def _modality_losses(
+        self, router_logits: tuple[torch.Tensor, ...], input_ids: torch.Tensor | None, coefs: dict[str, float]
+    ) -> torch.Tensor | float:
+        """The weighted losses that need to know each token's modality. Raises ValueError without `input_ids`."""
+        if not {"modality", "divergence"} & coefs.keys():
+            return 0.0
+        if input_ids is None:
+            raise ValueError(
+                "`router_modality_loss_coef` and `router_divergence_loss_coef` need `input_ids`, which tell the modalities "
+                "apart; `inputs_embeds` do not"
+            )
+        token_types = self.model.token_types(input_ids)
+        total = 0.0
+        if "modality" in coefs:
+            experts = self.config.text_sparsity.modality_experts
+            total = total + coefs["modality"] * modality_expert_loss(router_logits, token_types, experts)
+        if "divergence" in coefs:
+            total = total + coefs["divergence"] * modality_divergence_loss(router_logits, token_types)
+        return total
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs: dict, model_input_name, generation_config

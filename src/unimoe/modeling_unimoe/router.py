@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# None: the choice of experts is deterministic.
+ROUTER_NOISES = (None, "gumbel")
+
 
 def naive_topk_router(
     hidden_states_TH: torch.Tensor,
@@ -45,6 +48,7 @@ def fused_topk_router(
     norm_topk_prob: bool = True,
     router_dtype: torch.dtype | None = None,
     return_logits: bool = True,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Top-k on the logits, then softmax over the chosen ones alone: equal to `naive_topk_router`, with less work.
 
@@ -58,21 +62,31 @@ def fused_topk_router(
         norm_topk_prob: True: the weights sum to 1. False: they are the probabilities of the softmax over all experts.
         router_dtype: dtype of the linear map; None keeps the dtype of `hidden_states`. The softmax is always float32.
         return_logits: False returns None in place of the logits.
+        noise: float [T, E]. The most probable expert stays; the others are chosen by the logits with the noise on them
+            (the second choice of GShard, section 3.2). The weights come from the logits without it.
 
     Returns:
-        Router logits [T, E] (dtype of the linear map) or None, weights [T, K] in the dtype of `hidden_states`,
+        Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None, weights [T, K] in the dtype of `hidden_states`,
         expert ids int64 [T, K], the most probable expert first.
     """
     if router_dtype is None:
         logits_TE = F.linear(hidden_states, weight)
     else:
         logits_TE = F.linear(hidden_states.to(router_dtype), weight.to(router_dtype))
-    chosen_TK, index_TK = torch.topk(logits_TE, top_k, dim=-1)
+    reported_TE = logits_TE
+    if noise is None:
+        chosen_TK, index_TK = torch.topk(logits_TE, top_k, dim=-1)
+    else:
+        reported_TE = logits_TE + noise.to(logits_TE.dtype)
+        first_T1 = logits_TE.argmax(dim=-1, keepdim=True)
+        others_TE = reported_TE.scatter(-1, first_T1, -torch.inf)
+        index_TK = torch.cat([first_T1, others_TE.topk(top_k - 1, dim=-1).indices], dim=-1)
+        chosen_TK = logits_TE.gather(-1, index_TK)
     if norm_topk_prob:
         weights_TK = F.softmax(chosen_TK, dim=-1, dtype=torch.float32)
     else:
         weights_TK = torch.exp(chosen_TK.float() - torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True))
-    return logits_TE if return_logits else None, weights_TK.to(hidden_states.dtype), index_TK
+    return reported_TE if return_logits else None, weights_TK.to(hidden_states.dtype), index_TK
 
 
 class UniMoETopKRouter(nn.Module):
@@ -84,6 +98,8 @@ class UniMoETopKRouter(nn.Module):
         top_k: experts per token, 1 to E.
         norm_topk_prob: whether the chosen weights sum to 1.
         router_dtype: dtype of the linear map, as a name ("float32") or a `torch.dtype`; None keeps the working dtype.
+        noise: "gumbel" chooses all experts but the first with Gumbel noise on the logits, in training and in inference
+            alike, so that outputs are random; None does not.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -97,8 +113,11 @@ class UniMoETopKRouter(nn.Module):
         *,
         norm_topk_prob: bool = True,
         router_dtype: str | torch.dtype | None = None,
+        noise: str | None = None,
     ):
         super().__init__()
+        if noise not in ROUTER_NOISES:
+            raise ValueError(f"noise must be one of {ROUTER_NOISES}, got {noise!r}")
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         if not 1 <= top_k <= num_experts:
@@ -108,16 +127,30 @@ class UniMoETopKRouter(nn.Module):
         self.top_k = top_k
         self.norm_topk_prob = norm_topk_prob
         self.router_dtype = resolve_router_dtype(router_dtype)
+        self.noise = noise
+        # Set by a model whose routers treat modalities differently.
+        self.modality_maps: nn.Module | None = None
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def sample_noise(self, num_tokens: int) -> torch.Tensor | None:
+        """What is added to the logits of this call: float32 [T, E] or None."""
+        if self.noise is None:
+            return None
+        exponential = torch.empty(num_tokens, self.num_experts, device=self.weight.device).exponential_()
+        return -exponential.log()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [..., H] to (router logits [T, E], weights [T, K], expert ids [T, K]): Transformers' order."""
+        hidden_states_TH = hidden_states.reshape(-1, self.hidden_size)
+        if self.modality_maps is not None:
+            hidden_states_TH = self.modality_maps(hidden_states_TH)
         return fused_topk_router(
-            hidden_states.reshape(-1, self.hidden_size),
+            hidden_states_TH,
             self.weight,
             self.top_k,
             norm_topk_prob=self.norm_topk_prob,
             router_dtype=self.router_dtype,
+            noise=self.sample_noise(hidden_states_TH.shape[0]),
         )
 
     def extra_repr(self) -> str:

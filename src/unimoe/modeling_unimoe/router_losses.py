@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .modality_routing import TOKEN_TYPES
+
 
 def load_balancing_loss(
     router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
@@ -44,6 +46,63 @@ def router_z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.T
     for logits_TE in router_logits:
         weight_T = _token_weights(logits_TE, attention_mask)
         total = total + weight_T @ logits_TE.float().logsumexp(dim=-1).square()
+    return total
+
+
+# Pairs of modalities whose routing the eight-expert Uni-MoE keeps apart; image and video are not a pair in it.
+DIVERGENT_PAIRS = (("image", "sound"), ("image", "text"), ("sound", "text"), ("sound", "video"), ("video", "text"))
+
+
+def modality_expert_loss(
+    router_logits: Sequence[torch.Tensor], token_types: torch.Tensor, experts: dict[str, list[int]]
+) -> torch.Tensor:
+    """Sum over layers and samples of the distance between routing probabilities and the experts meant for a modality.
+
+    For every token of a modality in `experts`: the absolute differences between the probabilities of all E experts and a
+    vector that is 1 at the listed ones, summed and divided by E and by the length S (the eight-expert Uni-MoE).
+
+    Args:
+        router_logits: One tensor [B * S, E] per sparse layer.
+        token_types: Int [B, S], indices into `TOKEN_TYPES`; padding counts as text.
+        experts: The experts of each modality, by its name in `TOKEN_TYPES`.
+
+    Returns:
+        A scalar, float32.
+    """
+    types_T = token_types.reshape(-1)
+    total = 0.0
+    for logits_TE in router_logits:
+        types = types_T.to(logits_TE.device)
+        probabilities_TE = logits_TE.float().softmax(dim=-1)
+        for name, indices in experts.items():
+            target_E = torch.zeros_like(probabilities_TE[0])
+            target_E[indices] = 1.0
+            distance_T = (probabilities_TE - target_E).abs().mean(dim=-1)
+            total = total + (distance_T * (types == TOKEN_TYPES.index(name))).sum() / token_types.shape[1]
+    return total
+
+
+def modality_divergence_loss(router_logits: Sequence[torch.Tensor], token_types: torch.Tensor) -> torch.Tensor:
+    """Sum over layers and samples of how alike the modalities of a sample are routed (the eight-expert Uni-MoE).
+
+    A sample's value is the mean of `1 - KL(b || a) / E` over those `DIVERGENT_PAIRS` that occur in it, where a and b are
+    softmaxes of the two modalities' mean routing probabilities; 0 where none occurs.
+
+    Arguments and result are those of [`modality_expert_loss`].
+    """
+    masks_BS = {name: token_types == TOKEN_TYPES.index(name) for name in ("text", "image", "video")}
+    masks_BS["sound"] = (token_types == TOKEN_TYPES.index("audio")) | (token_types == TOKEN_TYPES.index("speech"))
+    total = torch.zeros((), device=token_types.device)
+    for logits_TE in router_logits:
+        num_experts = logits_TE.shape[-1]
+        probabilities_BSE = logits_TE.float().softmax(dim=-1).reshape(*token_types.shape, num_experts)
+        for sample, probabilities_SE in enumerate(probabilities_BSE):
+            present = {name: mask[sample].to(logits_TE.device) for name, mask in masks_BS.items() if mask[sample].any()}
+            log_means = {name: probabilities_SE[mask].mean(dim=0).log_softmax(dim=-1) for name, mask in present.items()}
+            pairs = [(log_means[a], log_means[b]) for a, b in DIVERGENT_PAIRS if a in present and b in present]
+            alike = [1 - (b.exp() * (b - a)).sum() / num_experts for a, b in pairs]
+            if alike:
+                total = total.to(logits_TE.device) + torch.stack(alike).mean()
     return total
 
 
