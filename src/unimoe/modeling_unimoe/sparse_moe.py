@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import initialization as init
 
+from .capacity import ExpertCapacity
 from .experts import UniMoEExperts, init_experts_weights, make_experts
 from .router import UniMoETopKRouter
 
@@ -19,12 +20,32 @@ SUPPORTED_MLPS = (
 )
 
 
+class UniMoEResidualMlp(nn.Module):
+    """A dense MLP beside the experts, mixed with their output token by token (Rajbhandari et al. 2022, residual MoE).
+
+    Parameters: those of one expert, under `experts`, and `coefficient.weight` [2, H], `coefficient.bias` [2].
+    """
+
+    def __init__(self, config: Any | None, hidden_size: int, intermediate_size: int, **kwargs):
+        super().__init__()
+        self.experts = make_experts(config, hidden_size, intermediate_size, 1, **kwargs)
+        self.coefficient = nn.Linear(hidden_size, 2)
+
+    def forward(self, hidden_states_TH: torch.Tensor, sparse_TO: torch.Tensor) -> torch.Tensor:
+        """The experts' output [T, O] and this MLP's, weighted by a softmax over the two coefficients."""
+        index_T1 = torch.zeros(len(hidden_states_TH), 1, dtype=torch.long, device=hidden_states_TH.device)
+        dense_TO = self.experts(hidden_states_TH, index_T1, hidden_states_TH.new_ones(index_T1.shape))
+        weights_T2 = self.coefficient(hidden_states_TH).softmax(dim=-1)
+        return sparse_TO * weights_T2[:, :1] + dense_TO * weights_T2[:, 1:]
+
+
 class UniMoESparseMoeBlock(nn.Module):
     """Top-k mixture of experts, a drop-in for any Transformers MLP: [..., H] in, [..., O] out, nothing else.
 
     Parameters: `gate.weight` [E, H]; `experts.gate_up_proj` [E, 2I, H] (ungated: `experts.up_proj` [E, I, H]),
     `experts.down_proj` [E, O, I], and with bias `experts.gate_up_proj_bias` or `experts.up_proj_bias` and
-    `experts.down_proj_bias`. They are set to normal weights (std 0.02) and zero biases.
+    `experts.down_proj_bias`; a residual block also has a dense MLP, `residual`. They are set to normal weights (std 0.02) and
+    zero biases.
 
     Args:
         hidden_size: H.
@@ -37,6 +58,11 @@ class UniMoESparseMoeBlock(nn.Module):
         output_size: O, by default H.
         norm_topk_prob: whether the chosen weights sum to 1; else they are the softmax over all experts.
         router_dtype: dtype of the router's linear map ("float32"); None keeps the working dtype.
+        capacity_factor, eval_capacity_factor: an expert takes at most `ceil(T / E * top_k * factor)` of the T tokens of a
+            call, in training and in evaluation; for the others that choice falls away. None: no limit.
+        min_capacity: the least such number.
+        random_token_selection: whether chance decides who finds room, in both modes; else earlier tokens come first.
+        residual: whether a dense MLP stands beside the experts (residual MoE).
         config: any object whose `_experts_implementation` names the experts implementation, usually the config of the
             model that owns the block. None: the block carries its own, at `block.experts.config`, set to "grouped_mm".
 
@@ -57,6 +83,11 @@ class UniMoESparseMoeBlock(nn.Module):
         output_size: int | None = None,
         norm_topk_prob: bool = True,
         router_dtype: str | torch.dtype | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        random_token_selection: bool = False,
+        residual: bool = False,
         config: Any | None = None,
     ):
         super().__init__()
@@ -72,26 +103,27 @@ class UniMoESparseMoeBlock(nn.Module):
         self.gate = UniMoETopKRouter(
             hidden_size, num_experts, top_k, norm_topk_prob=norm_topk_prob, router_dtype=router_dtype
         )
-        self.experts = make_experts(
-            config,
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            gated=gated,
-            bias=bias,
-            output_size=output_size,
-            hidden_act=hidden_act,
+        if random_token_selection and top_k != 1:
+            raise ValueError(f"random_token_selection needs top_k=1, got {top_k}")
+        kind = {"gated": gated, "bias": bias, "output_size": output_size, "hidden_act": hidden_act}
+        self.experts = make_experts(config, hidden_size, intermediate_size, num_experts, **kind)
+        self.capacity = ExpertCapacity(
+            num_experts, top_k, capacity_factor, eval_capacity_factor, min_capacity, random_token_selection
         )
+        self.residual = UniMoEResidualMlp(config, hidden_size, intermediate_size, **kind) if residual else None
         # Kept here as well: an adapter may wrap the experts and hide their attributes.
         self.output_size = self.experts.output_size
-        init_sparse_moe_weights(self.gate)
-        init_sparse_moe_weights(self.experts)
+        for module in self.modules():
+            init_sparse_moe_weights(module)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., H] to [..., O], in the same dtype. No tokens at all is fine."""
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(hidden_states_TH)
+        weights_TK = self.capacity.apply(weights_TK, index_TK, self.gate.norm_topk_prob, self.training)
         output_TO = self.experts(hidden_states_TH, index_TK, weights_TK)
+        if self.residual is not None:
+            output_TO = self.residual(hidden_states_TH, output_TO)
         return output_TO.reshape(*hidden_states.shape[:-1], self.output_size)
 
     @classmethod
@@ -106,6 +138,7 @@ class UniMoESparseMoeBlock(nn.Module):
         config: Any | None = None,
         copy_weights: bool = True,
         router_init_std: float | None = None,
+        **options: Any,
     ) -> "UniMoESparseMoeBlock":
         """Upcycles a dense MLP: every expert is an exact copy of it, and the router is new.
 
@@ -121,6 +154,7 @@ class UniMoESparseMoeBlock(nn.Module):
             norm_topk_prob, router_dtype, config: as for the class.
             copy_weights: False gives fresh random experts of the same shape.
             router_init_std: standard deviation of the new router, by default `config.initializer_range`, else 0.02.
+            options: capacities, `random_token_selection` and `residual`, as for the class.
 
         Raises:
             TypeError: the module is none of the supported kinds, or is quantised, adapted or sparse already.
@@ -142,15 +176,19 @@ class UniMoESparseMoeBlock(nn.Module):
                 norm_topk_prob=norm_topk_prob,
                 router_dtype=router_dtype,
                 config=config,
+                **options,
             )
         weight = dense.down.weight
         block = block.to(weight.dtype).to_empty(device=weight.device)
-        init_sparse_moe_weights(block.gate, std)
-        if copy_weights:
-            dense.copy_into(block.experts)
-        else:
-            init_sparse_moe_weights(block.experts, initializer_std(config))
-        block.experts.requires_grad_(weight.requires_grad)
+        for module in block.modules():
+            if isinstance(module, UniMoEExperts):
+                if copy_weights:
+                    dense.copy_into(module)
+                else:
+                    init_sparse_moe_weights(module, initializer_std(config))
+                module.requires_grad_(weight.requires_grad)
+            else:
+                init_sparse_moe_weights(module, std)
         block.train(mlp.training)
         if weight.device.type != "meta":
             # The owner's `post_init` initialises every module without this mark, which would undo the copies.
@@ -266,7 +304,8 @@ def initializer_std(config: Any | None) -> float:
 
 
 def init_sparse_moe_weights(module: nn.Module, std: float = 0.02) -> bool:
-    """Initialises a router or experts (normal weights, zero biases); for use in a model's `_init_weights`.
+    """Initialises a router, experts or a residual MLP's coefficients (normal weights, zero biases); for use in a model's
+    `_init_weights`.
 
     Returns:
         True where `module` was one of them; False, with nothing done, for any other module (a block's parts are
@@ -277,5 +316,9 @@ def init_sparse_moe_weights(module: nn.Module, std: float = 0.02) -> bool:
         return True
     if isinstance(module, UniMoEExperts):
         init_experts_weights(module, std)
+        return True
+    if isinstance(module, UniMoEResidualMlp):
+        init.normal_(module.coefficient.weight, mean=0.0, std=std)
+        init.zeros_(module.coefficient.bias)
         return True
     return False
