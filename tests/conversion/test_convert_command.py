@@ -420,3 +420,39 @@ def test_info_tells_the_architecture(converted, capsys):
     text = capsys.readouterr().out
     assert re.search(r"decoder experts\s+4 in 2 layers \(0, 2\), top-2", text)
     assert re.search(r"tokens per speech chunk\s+6", text)
+
+
+def test_modality_maps_of_the_eight_expert_model(tmp_path):
+    """`fm_adapter.bin`: the router of a layer reads each token through the map of its modality."""
+    release = Release(EIGHT, tmp_path)
+    hidden = json.loads(release.path("base", "8config.json").read_text())["hidden_size"]
+    layers = json.loads(release.path("base", "8config.json").read_text())["num_hidden_layers"]
+    torch.manual_seed(0)
+    maps = {}
+    for layer in range(layers):
+        for modality in ("audio", "video", "image", "text"):
+            name = f"model.layers.{layer}.mlp.deepspeed_moe.fm_{modality}"
+            maps |= {f"{name}.weight": torch.randn(hidden, hidden, 1), f"{name}.bias": torch.randn(hidden)}
+    release.edit_json(release.path("base", "8config.json"), use_fm_block=True)
+    assert main(release.args()) == 1  # the configuration asks for maps that are not there
+    torch.save(maps, release.path("checkpoint", "fm_adapter.bin"))
+    assert main(release.args("--dtype", "float32")) == 0
+    from transformers import AutoModelForMultimodalLM
+
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model").eval()
+    config = model.config
+    ids = torch.tensor([[1, 5, *[config.image_token_id] * config.num_image_tokens, 7, 9]])
+    pixels = torch.randn(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+    seen = {}
+    gate = model.model.language_model.layers[1].mlp.gate
+    gate.register_forward_hook(lambda module, args, output: seen.update(x=args[0].reshape(-1, hidden), logits=output[0]))
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values=pixels)
+    for modality, rows in (("text", [0, 1, -2, -1]), ("image", list(range(2, 2 + config.num_image_tokens)))):
+        name = f"model.layers.1.mlp.deepspeed_moe.fm_{modality}"
+        mapped = seen["x"][rows] @ maps[f"{name}.weight"][..., 0].T + maps[f"{name}.bias"]
+        torch.testing.assert_close(seen["logits"][rows], mapped @ gate.weight.T, rtol=1e-4, atol=1e-4)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    reloaded = AutoModelForMultimodalLM.from_pretrained(again)
+    assert torch.equal(reloaded.model.language_model.layers[1].mlp.gate.modality_maps.maps["video"].bias, maps["model.layers.1.mlp.deepspeed_moe.fm_video.bias"])

@@ -169,3 +169,30 @@ def test_token_types():
 def test_bad_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         UniMoESparsityConfig(num_experts=4, **fields)
+
+
+def test_losses_inside_a_model():
+    """Their weights change the training loss; without ids the modalities are unknown, which is said."""
+    from tiny_models import tiny_config
+
+    from unimoe import UniMoEForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = UniMoEForConditionalGeneration(config).eval()
+    sparsity = config.text_sparsity
+    ids = torch.tensor([[1, 5, *[config.image_token_id] * config.num_image_tokens, 7, 9]])
+    size = config.vision_config.image_size
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, size, size), "labels": ids.clamp(max=9)}
+    with torch.no_grad():
+        plain = model(**inputs, output_router_logits=True)
+        sparsity.modality_experts = {"image": [0]}
+        sparsity.router_modality_loss_coef, sparsity.router_divergence_loss_coef = 0.5, 0.25
+        weighted = model(**inputs).loss
+        types = model.model.token_types(ids)
+        expected = 0.5 * modality_expert_loss(plain.router_logits, types, {"image": [0]})
+        expected += 0.25 * modality_divergence_loss(plain.router_logits, types)
+        torch.testing.assert_close(weighted - plain.loss, expected, atol=1e-5, rtol=1e-4)
+        embeds = model.get_input_embeddings()(ids.clamp(max=9))
+        with pytest.raises(ValueError, match="need `input_ids`"):
+            model(inputs_embeds=embeds, labels=inputs["labels"])
