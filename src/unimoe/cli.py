@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, generate, info
+from .commands import convert, generate, info, train
 
-COMMANDS = (generate, convert, info)
+COMMANDS = (generate, convert, train, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

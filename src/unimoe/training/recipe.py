@@ -1,0 +1,145 @@
+"""A training run as a YAML file: what is read, what is trained, where it goes. Checked before anything is loaded."""
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .parts import PARTS
+
+# YAML 1.1 reads "2e-5" as a text.
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_LORA_KEYS = ("r", "alpha", "attention", "ffn", "experts", "routers", "connectors", "language_model_only")
+_EXPERT_KEYS = (
+    "from",
+    "copies",
+    "layers",
+    "top_k",
+    "connectors",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_dtype",
+    "seed",
+)
+# Fields that may differ between a run and its continuation.
+_FREE = {"output"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training.
+
+    Args:
+        model: folder of the checkpoint that the stage starts from, with its processor.
+        data: JSON or JSONL files, see `read_records`.
+        output: folder of the run: `checkpoint-N` while it runs; afterwards `model`, a whole checkpoint that the next stage
+            starts from, and with LoRA also `adapter`.
+        train: parts trained whole, see `parts.PARTS`; everything else is frozen. Not together with `lora`.
+        lora: arguments of `lora_config` (`r`, `alpha`, `attention`, `ffn`, `experts`, `routers`, `connectors`,
+            `language_model_only`).
+        experts: first make the decoder sparse: `from` (a dense checkpoint for each expert) or `copies` (that many of the
+            model's own FFN), and `layers`, `top_k`, `connectors`, `router_aux_loss_coef`, `router_z_loss_coef`,
+            `router_dtype`, `seed` as for `assemble_experts`.
+        eval_data: files to evaluate on, where the trainer's `eval_strategy` asks for it.
+        media_root: folder that relative paths in the data start from; default: each data file's own.
+        max_length: longest row in tokens; default: the processor's.
+        on_unreadable: "skip" or "stop", see `ConversationDataset`.
+        sampling: "shuffled", "sorted" (see `ModalityGroupedSampler`) or "none" for Trainer's own order.
+        dtype: of the weights in training.
+        trainer: fields of `TrainingArguments`.
+    """
+
+    model: str
+    data: list[str]
+    output: str
+    train: list[str] = field(default_factory=list)
+    lora: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
+    eval_data: list[str] = field(default_factory=list)
+    media_root: str | None = None
+    max_length: int | None = None
+    on_unreadable: str = "skip"
+    sampling: str = "shuffled"
+    dtype: str = "float32"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError for whatever can be seen to be wrong without reading a file."""
+        if bool(self.train) == (self.lora is not None):
+            raise ValueError("give either 'train' (parts trained whole) or 'lora' (an adapter)")
+        unknown = sorted(set(self.train) - set(PARTS))
+        if unknown:
+            raise ValueError(f"train: {unknown[0]!r} is unknown; the parts are {', '.join(PARTS)}")
+        _check_keys("lora", self.lora, _LORA_KEYS)
+        _check_keys("experts", self.experts, _EXPERT_KEYS)
+        if self.experts is not None and ("from" in self.experts) == ("copies" in self.experts):
+            raise ValueError("experts: give either 'from' (a checkpoint for each expert) or 'copies' (their number)")
+        if self.sampling not in ("shuffled", "sorted", "none"):
+            raise ValueError(f"sampling: {self.sampling!r} is unknown; it is 'shuffled', 'sorted' or 'none'")
+        if self.on_unreadable not in ("skip", "stop"):
+            raise ValueError(f"on_unreadable: {self.on_unreadable!r} is unknown; it is 'skip' or 'stop'")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: {self.dtype!r} is unknown; it is 'float32', 'bfloat16' or 'float16'")
+        known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} - {"output_dir"}
+        _check_keys("trainer", self.trainer, tuple(known), show=False)
+
+    @classmethod
+    def read(cls, file: str | os.PathLike) -> "Recipe":
+        """A recipe from a YAML file; paths in it start from the working directory.
+
+        Raises:
+            ValueError: the file is no YAML mapping, or a field is unknown, missing or wrong; names the file and the field.
+            ImportError: PyYAML is not installed.
+            OSError: the file cannot be read.
+        """
+        try:
+            import yaml
+        except ImportError:
+            raise ImportError("recipes need PyYAML: pip install 'unimoe[train]'") from None
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: a recipe is a mapping of fields, see docs/training.md")
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        try:
+            _check_keys("recipe", content, tuple(known))
+            for name in ("model", "data", "output"):
+                if not content.get(name):
+                    raise ValueError(f"{name!r} is missing")
+            for name in ("data", "eval_data", "train"):
+                if isinstance(content.get(name), str):
+                    content[name] = [content[name]]
+            return cls(**_numbers(content))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must have in common with the run that it continues, as it stands in JSON."""
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
+        return json.loads(json.dumps(content, sort_keys=True))
+
+
+def _check_keys(name: str, given: Any, known: tuple[str, ...], show: bool = True) -> None:
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a mapping of fields, found {type(given).__name__}")
+    unknown = sorted(set(map(str, given)) - set(known))
+    if unknown:
+        hint = f"; known are {', '.join(known)}" if show else " to TrainingArguments"
+        raise ValueError(f"{name}: field {unknown[0]!r} is unknown{hint}")
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value

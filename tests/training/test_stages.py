@@ -1,0 +1,188 @@
+"""The stages through `unimoe train`, each fed by the one before; refusals; kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_records import RECORDS, turn
+
+from unimoe import UniMoEForConditionalGeneration
+from unimoe.cli import main
+from unimoe.training.parts import part_of
+from unimoe.training.recipe import Recipe
+from unimoe.training.stages import last_whole_checkpoint
+
+TRAINER = {
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": "1e-2",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """A function that writes a recipe with its output under `tmp_path`; returns the file."""
+
+    def write(name, **fields):
+        content = {"output": str(tmp_path / name), **fields, "trainer": {**TRAINER, **fields.get("trainer", {})}}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        return str(file)
+
+    return write
+
+
+def changed_parts(before, after):
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (before, after))
+    assert old.keys() == new.keys()
+    return {part_of(name) for name in old if not torch.equal(old[name], new[name])}
+
+
+CONNECTORS = {"vision_connector", "audio_connector", "speech_connector"}
+
+
+def test_three_stages(model_folder, data_file, write_recipe, tmp_path, capsys):
+    base, data = str(model_folder("dense", text_sparsity=None)), str(data_file())
+    assert (
+        main(["train", write_recipe("one", model=base, data=data, train=["connectors"], trainer={"max_steps": 5})])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "attention                     11,904          frozen" in printed and "memory without" in printed
+    stage1 = tmp_path / "one" / "model"
+    # A connector is trained by the data that goes through it.
+    assert changed_parts(base, stage1) <= CONNECTORS and len(changed_parts(base, stage1)) >= 1
+
+    lora = {"r": 4, "alpha": 4, "attention": False, "connectors": False}
+    for name in ("two_a", "two_b"):
+        fields = {"model": str(stage1), "data": data, "lora": lora, "trainer": {"seed": len(name) + ord(name[-1])}}
+        assert main(["train", write_recipe(name, **fields)]) == 0
+        assert changed_parts(stage1, tmp_path / name / "model") == {"ffn"}
+    full = {"model": str(stage1), "data": data, "train": ["ffn", "audio_connector"]}
+    assert main(["train", write_recipe("two_c", **full)]) == 0
+    assert "ffn" in changed_parts(stage1, tmp_path / "two_c" / "model")
+
+    tuned = [str(tmp_path / name / "model") for name in ("two_a", "two_b", "two_c")]
+    experts = {"from": tuned, "layers": "even", "top_k": 2, "connectors": {"audio_connector": tuned[2]}}
+    lora = {"r": 4, "alpha": 8, "routers": True}
+    assert main(["train", write_recipe("three", model=str(stage1), data=data, experts=experts, lora=lora)]) == 0
+    assembled = load_file(tmp_path / "three" / "assembled" / "model.safetensors")
+    for expert, folder in enumerate(tuned):
+        dense = load_file(Path(folder) / "model.safetensors")
+        prefix = "model.language_model.layers.2.mlp."
+        assert torch.equal(assembled[f"{prefix}experts.down_proj"][expert], dense[f"{prefix}down_proj.weight"])
+    changed = changed_parts(tmp_path / "three" / "assembled", tmp_path / "three" / "model")
+    assert (
+        {"attention", "experts", "routers", "ffn"}
+        <= changed
+        <= {"attention", "experts", "routers", "ffn"} | CONNECTORS
+    )
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "three" / "model")
+    assert model.config.text_sparsity.num_experts == 3 and model.config.text_sparsity.router_aux_loss_coef == 0
+    assert (tmp_path / "three" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_moe_tuning_of_moe_llava(model_folder, data_file, write_recipe, tmp_path):
+    experts = {"copies": 4, "layers": "even", "top_k": 2, "router_aux_loss_coef": 0.01, "router_dtype": "float32"}
+    fields = {"experts": experts, "train": ["experts", "routers", "ffn"], "trainer": {"max_steps": 1}}
+    base = str(model_folder("dense", text_sparsity=None))
+    assert main(["train", write_recipe("tuning", model=base, data=str(data_file()), **fields)]) == 0
+    folder = tmp_path / "tuning"
+    assert changed_parts(folder / "assembled", folder / "model") == {"experts", "routers", "ffn"}
+    state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
+    assert any(key.startswith("expert_load/") for key in state["log_history"][0])
+
+
+def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
+    dense, sparse = str(model_folder("dense", text_sparsity=None)), str(model_folder("sparse"))
+    data, empty = str(data_file()), str(data_file([], "empty.json"))
+    good = {"model": dense, "data": data, "train": ["connectors"], "trainer": {"max_steps": 1}}
+    assert main(["train", write_recipe("done", **good)]) == 0
+    capsys.readouterr()
+    wrong = [
+        ({**good, "model": "absent"}, [], "absent"),
+        ({**good, "train": []}, [], "either 'train'"),
+        ({**good, "train": ["hands"]}, [], "hands"),
+        ({**good, "train": ["experts"]}, [], "no experts"),
+        ({**good, "colour": 1}, [], "colour"),
+        ({**good, "data": empty}, [], "no records"),
+        ({**good, "trainer": {"speed": 1}}, [], "speed"),
+        ({**good, "experts": {"copies": 4, "from": [dense]}}, [], "either 'from'"),
+        ({**good, "experts": {"from": [dense, sparse]}}, [], "does not match the base"),
+        ({**good, "model": sparse, "experts": {"copies": 4}}, [], "sparse already"),
+        ({**good, "output": str(tmp_path / "done")}, [], "--resume"),
+        ({**good, "output": str(tmp_path / "done"), "max_length": 99}, ["--resume"], "max_length"),
+        ({**good, "output": str(tmp_path)}, [], "not empty"),
+    ]
+    for number, (fields, options, words) in enumerate(wrong):
+        assert main(["train", write_recipe(f"wrong{number}", **fields), *options]) == 1, words
+        refusal = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unimoe train")]
+        assert len(refusal) == 1 and words in refusal[0], (words, refusal)
+
+
+@pytest.mark.parametrize("text, words", [("- 1", "mapping"), ("a: [", "YAML"), ("model: x", "'data' is missing")])
+def test_unusable_recipes(tmp_path, text, words):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Recipe.read(tmp_path / "recipe.yaml")
+
+
+def test_recipes_of_the_project_are_valid():
+    files = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
+    assert len(files) >= 5
+    for file in files:
+        Recipe.read(file)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, text in ((5, "{}"), (10, "{}"), (15, '{"log'), (20, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
+    assert last_whole_checkpoint(tmp_path / "absent") is None
+
+
+def test_killed_and_resumed_equals_uninterrupted(model_folder, data_file, write_recipe, tmp_path):
+    """kill -9 at some moment in the second epoch, then --resume: the same bits as without."""
+    records = RECORDS + [{"conversations": turn("what" * i, "is the" * i)} for i in range(1, 4)]
+    fields = {
+        "model": str(model_folder("sparse")),
+        "data": str(data_file(records)),
+        "lora": {"r": 2, "alpha": 4, "routers": True},
+        "trainer": {
+            "max_steps": 14,
+            "gradient_accumulation_steps": 2,
+            "save_steps": 2,
+            "per_device_train_batch_size": 1,
+        },
+    }
+    assert main(["train", write_recipe("whole", **fields)]) == 0
+    recipe = write_recipe("killed", **fields)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "unimoe", "train", recipe]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "killed" / "checkpoint-6").is_dir():
+        time.sleep(0.005)
+    assert process.poll() is None, "finished before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert main(["train", recipe, "--resume"]) == 0
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
