@@ -48,7 +48,11 @@ def base_shapes(num_layers: int) -> Shapes:
 def _mlp_linears(i: int) -> list[tuple[str, tuple[tuple[int, int]]]]:
     owners = [f"model.layers.{i}.mlp.experts.{e}" for e in range(EXPERTS)] if i % 2 == 0 else [f"model.layers.{i}.mlp"]
     up, down = ((INTERMEDIATE, HIDDEN),), ((HIDDEN, INTERMEDIATE),)
-    return [(f"{owner}.{name}_proj.weight", down if name == "down" else up) for owner in owners for name in ("gate", "up", "down")]
+    return [
+        (f"{owner}.{name}_proj.weight", down if name == "down" else up)
+        for owner in owners
+        for name in ("gate", "up", "down")
+    ]
 
 
 def projector_shapes(prefix: str) -> Shapes:
@@ -189,7 +193,13 @@ def write_release(folder: Path, num_layers: int, fill: bool = True, shard_bytes:
     _save(aligner_shapes(), tuned / "mm_audio_aligner.bin", torch.float32, fill)
     _save(gate_shapes(num_layers), tuned / "mlp_gates.bin", torch.float32, fill)
     _save(clip_shapes(), clip / "pytorch_model.bin", torch.float32, fill)
-    _save(beats_shapes(), folder / "BEATs.pt", torch.float32, fill, wrap=lambda model: {"cfg": BEATS_SETTINGS, "model": model})
+    _save(
+        beats_shapes(),
+        folder / "BEATs.pt",
+        torch.float32,
+        fill,
+        wrap=lambda model: {"cfg": BEATS_SETTINGS, "model": model},
+    )
     options = {"--base": base, "--checkpoint": tuned, "--vision-tower": clip, "--audio-tower": folder / "BEATs.pt"}
     return [str(part) for pair in options.items() for part in pair]
 
@@ -257,7 +267,8 @@ def main() -> None:
     largest = EXPERTS * 2 * INTERMEDIATE * HIDDEN * torch.finfo(getattr(torch, args.dtype)).bits // 8
     print(f"conversion: {took:.1f} s, {size / took / 1e6:.0f} MB/s read, {_size(output) / 1e9:.2f} GB written")
     print(f"speed: {seconds / took:.2f} of a plain copy's")
-    print(f"peak memory: {peak / 2**30:.2f} GiB; largest tensor {largest / 2**30:.2f} GiB, so {(peak - largest) / 2**30:.2f} GiB more")
+    gib = 2**30
+    print(f"peak memory: {peak / gib:.2f} GiB, {(peak - largest) / gib:.2f} GiB above the largest tensor's {largest / gib:.2f}")
     shutil.rmtree(args.folder)
 
 

@@ -125,17 +125,35 @@ def with_extra(weights):
 
 
 BAD_INPUTS = {
-    "base missing": (swap("base", "/nowhere/base"), r"/nowhere/base: no such folder, given as --base; download .*huggingface"),
-    "checkpoint missing": (swap("checkpoint", "/nowhere/e2"), r"/nowhere/e2: no such folder, given as --checkpoint; download"),
-    "tower missing": (swap("vision-tower", "/nowhere/clip"), r"/nowhere/clip: no such folder.*openai/clip-vit-large-patch14-336"),
+    "base missing": (
+        swap("base", "/nowhere/base"),
+        r"/nowhere/base: no such folder, given as --base; download .*huggingface",
+    ),
+    "checkpoint missing": (
+        swap("checkpoint", "/nowhere/e2"),
+        r"/nowhere/e2: no such folder, given as --checkpoint; download",
+    ),
+    "tower missing": (
+        swap("vision-tower", "/nowhere/clip"),
+        r"/nowhere/clip: no such folder.*openai/clip-vit-large-patch14-336",
+    ),
     "whisper missing": (swap("speech-tower", "/nowhere/w"), r"/nowhere/w: no such folder.*openai/whisper-small"),
     "no whisper given": (lambda release: release.options.pop("--speech-tower"), r"needs --speech-tower"),
-    "a shard missing": (lambda release: first_shard(release).unlink(), r"pytorch_model-00001-of-00003\.bin missing.*download"),
+    "a shard missing": (
+        lambda release: first_shard(release).unlink(),
+        r"pytorch_model-00001-of-00003\.bin missing.*download",
+    ),
     "config missing": (break_missing("config.json", "checkpoint"), r"config\.json is missing; download"),
     "adapter missing": (break_missing("adapter_model.bin", "checkpoint"), r"adapter_model\.bin is missing"),
-    "trainables missing": (break_missing("non_lora_trainables.bin", "checkpoint"), r"non_lora_trainables\.bin is missing"),
+    "trainables missing": (
+        break_missing("non_lora_trainables.bin", "checkpoint"),
+        r"non_lora_trainables\.bin is missing",
+    ),
     "aligner missing": (break_missing("mm_audio_aligner.bin", "checkpoint"), r"mm_audio_aligner\.bin is missing"),
-    "preprocessor missing": (break_missing("preprocessor_config.json", "vision-tower"), r"preprocessor_config\.json is missing"),
+    "preprocessor missing": (
+        break_missing("preprocessor_config.json", "vision-tower"),
+        r"preprocessor_config\.json is missing",
+    ),
     "another family": (
         lambda release: release.edit_json(release.path("checkpoint", "config.json"), model_type="moe_llava_phi"),
         r"'moe_llava_phi' checkpoint, not a Uni-MoE one; use `unimoe convert moe-llava`",
@@ -148,14 +166,25 @@ BAD_INPUTS = {
         lambda release: swap("vision-tower", str(release.path("speech-tower")))(release),
         r"model_type 'whisper'; --vision-tower must be a CLIP folder",
     ),
-    "truncated .bin": (lambda r: r.rewrite(first_shard(r), truncate(first_shard(r))), r"00001-of-00003\.bin: truncated or corrupt"),
+    "truncated .bin": (
+        lambda r: r.rewrite(first_shard(r), truncate(first_shard(r))),
+        r"00001-of-00003\.bin: truncated or corrupt",
+    ),
     "truncated .safetensors": (
-        lambda r: r.rewrite(r.path("speech-tower", "model.safetensors"), truncate(r.path("speech-tower", "model.safetensors"))),
+        lambda r: r.rewrite(
+            r.path("speech-tower", "model.safetensors"), truncate(r.path("speech-tower", "model.safetensors"))
+        ),
         r"model\.safetensors: truncated or corrupt",
     ),
-    "empty adapter": (lambda r: r.rewrite(r.path("checkpoint", "adapter_model.bin"), b""), r"adapter_model\.bin: truncated"),
+    "empty adapter": (
+        lambda r: r.rewrite(r.path("checkpoint", "adapter_model.bin"), b""),
+        r"adapter_model\.bin: truncated",
+    ),
     "broken json": (lambda r: r.rewrite(r.path("checkpoint", "config.json"), b"{"), r"config\.json: not valid JSON"),
-    "broken tokenizer": (lambda r: r.rewrite(r.path("base", "tokenizer.model"), b"\x00nonsense"), r"tokenizer\.model: "),
+    "broken tokenizer": (
+        lambda r: r.rewrite(r.path("base", "tokenizer.model"), b"\x00nonsense"),
+        r"tokenizer\.model: ",
+    ),
     "a list instead of weights": (lambda r: r.rewrite(first_shard(r), [1, 2]), r"not a dict of tensors"),
     "shape": (
         lambda r: r.edit_weights(r.path("checkpoint", "non_lora_trainables.bin"), half_width),
@@ -199,7 +228,9 @@ def test_bad_input_is_refused_in_one_line(release, capsys, what):
     assert re.search(message, refusal(capsys, release.args()))
 
 
-@pytest.mark.parametrize("name, option", [("pytorch_model-00001-of-00003.bin", "base"), ("mlp_gates.bin", "checkpoint")])
+@pytest.mark.parametrize(
+    "name, option", [("pytorch_model-00001-of-00003.bin", "base"), ("mlp_gates.bin", "checkpoint")]
+)
 def test_code_in_a_pickle_never_runs(release, capsys, tmp_path, name, option):
     marker = tmp_path / "ran"
     release.rewrite(release.path(option, name), {"model.norm.weight": torch.ones(2), "code": Code(marker)})
@@ -228,7 +259,9 @@ def test_the_output_may_not_hold_the_input(release, capsys):
     assert release.path("base", "config.json").exists()
 
 
-@pytest.mark.parametrize("args", [["--dtype", "int8"], ["--max-shard-size", "five"], ["--qformer-num-attention-heads", "x"]])
+@pytest.mark.parametrize(
+    "args", [["--dtype", "int8"], ["--max-shard-size", "five"], ["--qformer-num-attention-heads", "x"]]
+)
 def test_wrong_usage(release, args):
     with pytest.raises(SystemExit) as error:
         main(release.args(*args))
@@ -255,7 +288,10 @@ def test_heads_of_the_qformer(tmp_path, capsys):
         (lambda r: r.path("checkpoint", "mlp_gates.bin").unlink(), r"mlp_gates\.bin is missing"),
         (lambda r: r.edit_json(r.path("base", "8config.json"), num_experts=6), r"num_experts=6; .* has 8"),
         (lambda r: r.edit_json(r.path("base", "8config.json"), moe_type="odd"), r"moe_type='odd'"),
-        (lambda r: r.edit_json(r.path("base", "8config.json"), moe_type="sparse"), r"have no place in the model|belong nowhere|none of the files"),
+        (
+            lambda r: r.edit_json(r.path("base", "8config.json"), moe_type="sparse"),
+            r"have no place in the model|belong nowhere|none of the files",
+        ),
         (lambda r: r.edit_json(r.path("base", "8config.json"), lora_r=None), r"lora_r missing"),
     ],
 )
@@ -326,10 +362,16 @@ def test_safetensors_sources(release, tmp_path, converted):
     """A base that was re-saved as safetensors gives the same tensors."""
     base = release.path("base")
     for shard in sorted(base.glob("pytorch_model-*.bin")):
-        save_file(torch.load(shard, weights_only=True), base / shard.name.replace("pytorch_", "").replace(".bin", ".safetensors"))
+        save_file(
+            torch.load(shard, weights_only=True),
+            base / shard.name.replace("pytorch_", "").replace(".bin", ".safetensors"),
+        )
     assert main(release.args("--dtype", "float32")) == 0
     exact = load_file(converted(V15.name) / "model.safetensors")
-    assert all(torch.equal(tensor, exact[name]) for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items())
+    assert all(
+        torch.equal(tensor, exact[name])
+        for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()
+    )
 
 
 def test_without_gates_the_merged_gate_stays(release, tmp_path, converted):
@@ -397,7 +439,11 @@ assert answer[0]["generated_text"].strip() == text.strip(), (answer, text)
 def test_the_folder_runs_without_the_package(converted, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-c", ALONE, converted(V15.name)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", ALONE, converted(V15.name)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
 
@@ -445,7 +491,9 @@ def test_modality_maps_of_the_eight_expert_model(tmp_path):
     pixels = torch.randn(1, 3, config.vision_config.image_size, config.vision_config.image_size)
     seen = {}
     gate = model.model.language_model.layers[1].mlp.gate
-    gate.register_forward_hook(lambda module, args, output: seen.update(x=args[0].reshape(-1, hidden), logits=output[0]))
+    gate.register_forward_hook(
+        lambda module, args, output: seen.update(x=args[0].reshape(-1, hidden), logits=output[0])
+    )
     with torch.no_grad():
         model(input_ids=ids, pixel_values=pixels)
     for modality, rows in (("text", [0, 1, -2, -1]), ("image", list(range(2, 2 + config.num_image_tokens)))):
@@ -455,4 +503,7 @@ def test_modality_maps_of_the_eight_expert_model(tmp_path):
     again = tmp_path / "again"
     model.save_pretrained(again)
     reloaded = AutoModelForMultimodalLM.from_pretrained(again)
-    assert torch.equal(reloaded.model.language_model.layers[1].mlp.gate.modality_maps.maps["video"].bias, maps["model.layers.1.mlp.deepspeed_moe.fm_video.bias"])
+    assert torch.equal(
+        reloaded.model.language_model.layers[1].mlp.gate.modality_maps.maps["video"].bias,
+        maps["model.layers.1.mlp.deepspeed_moe.fm_video.bias"],
+    )

@@ -35,14 +35,21 @@ def write_base(folder, names, dtype=torch.float32):
 
 def test_merge_is_the_formula_in_float32(tmp_path):
     """Also for experts and gates; weights without a pair stay the files' own."""
-    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.1.up_proj", "model.layers.0.mlp.gate", "model.norm"]
+    names = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.experts.1.up_proj",
+        "model.layers.0.mlp.gate",
+        "model.norm",
+    ]
     base, lazy = write_base(tmp_path, [f"{name}.weight" for name in names], torch.float16)
     pairs = write_adapter(tmp_path / "adapter", {name: (6, 5) for name in names[:3]})
     merged = read_adapter(tmp_path / "adapter").merge(lazy)
     for name in names[:3]:
         a, b = (pairs[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         expected = base[f"{name}.weight"].double() + 2.0 * b.double() @ a.double()
-        torch.testing.assert_close(evaluate(merged[f"{name}.weight"], torch.float32), expected.float(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            evaluate(merged[f"{name}.weight"], torch.float32), expected.float(), atol=1e-5, rtol=0
+        )
     assert merged["model.norm.weight"] is lazy["model.norm.weight"]
 
 

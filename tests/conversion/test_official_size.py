@@ -66,7 +66,13 @@ def test_parameters_are_those_of_the_paper(release, layers, activated, total, ca
     config.save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    sizes = {row[0]: [float(value.replace(",", "")) / 1e9 for value in row[1:]] for row in rows if row and row[0] in ("all", "language_model")}
+    sizes = {
+        row[0]: [float(value.replace(",", "")) / 1e9 for value in row[1:]]
+        for row in rows
+        if row and row[0] in ("all", "language_model")
+    }
     decoder = sizes["language_model"]
     assert decoder[0] == pytest.approx(total, abs=0.6) and decoder[1] == pytest.approx(activated, abs=0.6), sizes
-    assert sum(torch.Size(shape).numel() for shape in model_shapes(config).values()) / 1e9 == pytest.approx(sizes["all"][0], abs=0.01)
+    assert sum(torch.Size(shape).numel() for shape in model_shapes(config).values()) / 1e9 == pytest.approx(
+        sizes["all"][0], abs=0.01
+    )

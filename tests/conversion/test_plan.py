@@ -16,7 +16,13 @@ SHAPES = {"a": (2, 3), "b": (4,)}
 
 
 def source(name, *shape):
-    return SourceTensor(Path("weights.bin"), name, shape, torch.float32, loaded=torch.arange(float(torch.Size(shape).numel())).view(shape))
+    return SourceTensor(
+        Path("weights.bin"),
+        name,
+        shape,
+        torch.float32,
+        loaded=torch.arange(float(torch.Size(shape).numel())).view(shape),
+    )
 
 
 def test_a_whole_plan_passes():

@@ -32,14 +32,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             return self._answer(200, {"files": files})
         if "/commit/" in self.path and server.takes_commits:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self._answer(200, {"commitUrl": f"{server.address}/me/model/commit/{'1' * 40}", "commitOid": "1" * 40})
+            return self._answer(
+                200, {"commitUrl": f"{server.address}/me/model/commit/{'1' * 40}", "commitOid": "1" * 40}
+            )
         return self._answer(404, {"error": f"no {self.path} here"})
 
     def do_GET(self):
@@ -89,7 +94,11 @@ def test_the_whole_folder_arrives(hub, tmp_path):
     run = convert(tmp_path, hub.address, "hf_local")
     assert run.returncode == 0, run.stderr
     assert f"uploaded to {hub.address}/me/model" in run.stdout
-    written = {str(path.relative_to(tmp_path / "model")): path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    written = {
+        str(path.relative_to(tmp_path / "model")): path.read_bytes()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
     assert hub.files == written and hub.private
     assert b'model="me/model"' in hub.files["README.md"]
 

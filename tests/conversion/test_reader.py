@@ -138,7 +138,10 @@ def test_a_flipped_bit_in_a_bin_file_is_found(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"), (b"<!DOCTYPE html>", "web page")],
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
 )
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
 def test_what_downloads_leave_instead(tmp_path, name, content, message):

@@ -13,8 +13,24 @@ from unimoe.conversion.errors import ConversionError
 from unimoe.conversion.sentencepiece_tokenizer import load_llama_tokenizer
 from unimoe.processing.prompting import Piece, tokenize_pieces
 
-WORDS = "the USER: ASSISTANT: cat's 12345 image,  sound? people. Zürich 你好 😀 x\ty a_b <0x0A> \n\n describe".split(" ")
-FIXED = ["", " ", "  leading", "trailing  ", " x", "  two  spaces\n\n", "\nWhat", "</s>USER: hi", "</s> x", " </s>  y", "▁x", "a</s>你好", "<s>USER"]
+WORDS = "the USER: ASSISTANT: cat's 12345 image,  sound? people. Zürich 你好 😀 x\ty a_b <0x0A> \n\n describe".split(
+    " "
+)
+FIXED = [
+    "",
+    " ",
+    "  leading",
+    "trailing  ",
+    " x",
+    "  two  spaces\n\n",
+    "\nWhat",
+    "</s>USER: hi",
+    "</s> x",
+    " </s>  y",
+    "▁x",
+    "a</s>你好",
+    "<s>USER",
+]
 
 
 def slow_ids(model, text, legacy):
@@ -40,7 +56,9 @@ def folder(request, tmp_path_factory):
     """A folder with `tokenizer.model`: of a recorded set, or trained on a few words."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "trained here":
-        (folder / "corpus.txt").write_text("\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))) + "\nthe USER and the cat\n" * 20)
+        (folder / "corpus.txt").write_text(
+            "\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))) + "\nthe USER and the cat\n" * 20
+        )
         sentencepiece.SentencePieceTrainer.train(
             input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=330,
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
@@ -67,7 +85,13 @@ def test_ids_are_those_of_the_slow_tokenizer(folder, legacy, tmp_path):
     texts = list(FIXED)
     for _ in range(300):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
-        texts += [text, " " * rng.randint(1, 3) + text, f"{text}</s>USER: {text}", f"{text}</s> {text}", f"{text}</s>{text}"]
+        texts += [
+            text,
+            " " * rng.randint(1, 3) + text,
+            f"{text}</s>USER: {text}",
+            f"{text}</s> {text}",
+            f"{text}</s>{text}",
+        ]
     for text in texts:
         [segment] = tokenize_pieces(tokenizer, [Piece(None, text, 0)])
         assert segment.ids == slow_ids(model, text, legacy is not False), repr(text)

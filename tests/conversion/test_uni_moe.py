@@ -134,7 +134,9 @@ def test_raw_files_give_the_recorded_answer(loaded, name, case):
         return_tensors="pt",
         add_generation_prompt=True,
     )
-    assert inputs["input_ids"][0].tolist() == expand(ids, item_lengths(ids, tensors, model.config, variant), model.config, variant.sound)
+    assert inputs["input_ids"][0].tolist() == expand(
+        ids, item_lengths(ids, tensors, model.config, variant), model.config, variant.sound
+    )
     check_features(inputs, tensors)
     seen = {}
     hook = model.model.language_model.register_forward_pre_hook(
@@ -211,7 +213,12 @@ def check_features(inputs, tensors):
 def check_item_features(outputs, tensors):
     """What every item becomes, before the splice."""
     if outputs.image_hidden_states is not None:
-        close(outputs.image_hidden_states, first(tensors, "image_features", "projector_out"), FEATURES_ATOL, "image features")
+        close(
+            outputs.image_hidden_states,
+            first(tensors, "image_features", "projector_out"),
+            FEATURES_ATOL,
+            "image features",
+        )
     sounds = outputs.audio_hidden_states if outputs.audio_hidden_states is not None else outputs.speech_hidden_states
     if sounds is not None:
         if "aligner_out" in tensors:
@@ -349,7 +356,11 @@ def test_training_loss_with_auxiliary_losses(loaded, monkeypatch, case):
         rows.append(row + [0] * (mask.shape[1] - len(row)))
     real_types = model.model.token_types(torch.tensor(rows))
     monkeypatch.setattr(model, "_modality_losses", modality_losses_of(model, real_types))
-    fields = {"balance": "router_aux_loss_coef", "multimodal": "router_modality_loss_coef", "kl": "router_divergence_loss_coef"}
+    fields = {
+        "balance": "router_aux_loss_coef",
+        "multimodal": "router_modality_loss_coef",
+        "kl": "router_divergence_loss_coef",
+    }
     wanted = {"ce": [], "ce+multimodal": ["multimodal"], "ce+kl": ["kl"]}
     if mask.all():
         # Here padding does not count for the balance, in the original it does; so only full rows are comparable.

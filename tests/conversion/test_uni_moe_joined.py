@@ -78,7 +78,11 @@ def test_each_sound_is_answered_as_by_its_own_release(releases, tmp_path, swappe
     wave = str(find_set(AUDIO.golden) / "assets" / "clip_b.wav")
     image = str(find_set(AUDIO.golden) / "assets" / "img_83x57.png")
     for kind in ("audio", "speech"):
-        content = [{"type": "image", "path": image}, {"type": kind, "path": wave}, {"type": "text", "text": "What is it?"}]
+        content = [
+            {"type": "image", "path": image},
+            {"type": kind, "path": wave},
+            {"type": "text", "text": "What is it?"},
+        ]
         messages = [{"role": "user", "content": content}]
         assert torch.equal(logits(tmp_path / "joined", messages), logits(tmp_path / kind, messages))
     both = [{"type": "audio", "path": wave}, {"type": "speech", "path": wave}]
@@ -109,7 +113,10 @@ def test_what_cannot_be_joined(releases, tmp_path, capsys, case, message):
         file = tmp_path / "checkpoint" / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 1e-3}))
     elif case == "other tokenizer":
-        shutil.copyfile(find_set(SPEECH.golden) / "checkpoint" / SPEECH.base / "tokenizer.model", tmp_path / "base" / "tokenizer.model")
+        shutil.copyfile(
+            find_set(SPEECH.golden) / "checkpoint" / SPEECH.base / "tokenizer.model",
+            tmp_path / "base" / "tokenizer.model",
+        )
     pair = (audio, audio) if case == "two of a kind" else (audio, speech)
     assert main([*options(*pair), "--output", str(tmp_path / "joined")]) == 1
     assert re.search(message, capsys.readouterr().err)

@@ -110,10 +110,16 @@ def test_overwriting(tmp_path):
 def test_overwrite_spares_what_is_no_checkpoint(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConversionError, match="not a checkpoint folder"), new_folder(tmp_path / "home", 10, overwrite=True):
+    with (
+        pytest.raises(ConversionError, match="not a checkpoint folder"),
+        new_folder(tmp_path / "home", 10, overwrite=True),
+    ):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConversionError, match="a file, not a folder"), new_folder(tmp_path / "file", 10, overwrite=True):
+    with (
+        pytest.raises(ConversionError, match="a file, not a folder"),
+        new_folder(tmp_path / "file", 10, overwrite=True),
+    ):
         pass
     assert (tmp_path / "home" / "thesis.tex").exists()
 
@@ -140,7 +146,9 @@ def test_a_disk_that_fills_up(tmp_path, targets):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        with pytest.raises(ConversionError, match=r"model: writing failed \(File too large\); nothing was left behind"):
+        with pytest.raises(
+            ConversionError, match=r"model: writing failed \(File too large\); nothing was left behind"
+        ):
             with new_folder(tmp_path / "model", 10) as folder:
                 write_weights(targets, folder, torch.float32, progress=False)
     finally:

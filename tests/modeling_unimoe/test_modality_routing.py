@@ -72,7 +72,10 @@ def test_modality_maps(recorded, lora_scale):
             maps.maps[name].weight.copy_(weight.reshape(weight.shape[:2]))
             maps.maps[name].bias.copy_(case[f"weights.deepspeed_moe.fm_{theirs}.bias"])
     block.gate.modality_maps = maps
-    for suffix, types in (("_all_text", None), ("", types_of_spans(facts["fm_block"]["spans"], case["input"].shape[1]))):
+    for suffix, types in (
+        ("_all_text", None),
+        ("", types_of_spans(facts["fm_block"]["spans"], case["input"].shape[1])),
+    ):
         shared.value_BS = types
         with torch.no_grad():
             logits, _, _ = block.gate(case["input"])

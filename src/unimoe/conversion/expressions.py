@@ -90,7 +90,9 @@ class Rows(_Composite):
         self.start = start
         self.shape = (length, *part.shape[1:])
         if not 0 <= start <= start + length <= part.shape[0]:
-            raise ConversionError(f"{_names(self.parts)}: rows {start} to {start + length} of shape {tuple(part.shape)}")
+            raise ConversionError(
+                f"{_names(self.parts)}: rows {start} to {start + length} of shape {tuple(part.shape)}"
+            )
 
     def write(self, out: torch.Tensor) -> None:
         whole = evaluate(self.parts[0], out.dtype)
@@ -109,7 +111,9 @@ class LowRankUpdate(_Composite):
         self.parts = [base, a, b]
         self.scale = scale
         self.shape = tuple(base.shape)
-        fits = len(a.shape) == len(b.shape) == 2 and (b.shape[0], a.shape[1]) == self.shape and a.shape[0] == b.shape[1]
+        fits = (
+            len(a.shape) == len(b.shape) == 2 and (b.shape[0], a.shape[1]) == self.shape and a.shape[0] == b.shape[1]
+        )
         if not fits:
             raise ConversionError(
                 f"{_names(self.parts)}: an adapter of shapes {tuple(a.shape)} and {tuple(b.shape)} does not fit a weight of "

@@ -19,7 +19,9 @@ def create_repository(name: str) -> str:
     try:
         return str(HfApi().create_repo(name, private=True, exist_ok=True))
     except Exception as error:  # the client lets errors of several libraries through
-        raise ConversionError(f"--push-to-hub {name}: the Hub refuses or cannot be reached: {_first_line(error)}") from None
+        raise ConversionError(
+            f"--push-to-hub {name}: the Hub refuses or cannot be reached: {_first_line(error)}"
+        ) from None
 
 
 def upload(folder: Path, name: str) -> None:
@@ -27,7 +29,9 @@ def upload(folder: Path, name: str) -> None:
     try:
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Upload converted checkpoint")
     except Exception as error:
-        raise ConversionError(f"{folder} is finished, but uploading it to {name} failed: {_first_line(error)}") from None
+        raise ConversionError(
+            f"{folder} is finished, but uploading it to {name} failed: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -70,7 +70,9 @@ def read_adapter(folder: Path) -> LoraAdapter | None:
     pairs = {name: (sides["A"], sides["B"]) for name, sides in halves.items()}
     wrong = [a for a, _ in pairs.values() if a.shape[0] != config["r"]]
     if wrong:
-        raise ConversionError(f"{files[0]}: {wrong[0].name} has rank {wrong[0].shape[0]}, {config_file} says r={config['r']}")
+        raise ConversionError(
+            f"{files[0]}: {wrong[0].name} has rank {wrong[0].shape[0]}, {config_file} says r={config['r']}"
+        )
     return LoraAdapter(pairs, config["lora_alpha"] / config["r"])
 
 

@@ -138,7 +138,9 @@ def read_files(files: Iterable[Path]) -> dict[str, SourceTensor]:
     for file in files:
         for name, tensor in read_file(file).items():
             if name in tensors:
-                raise ConversionError(f"tensor {name!r} is in both {tensors[name].file} and {file}; remove one of them")
+                raise ConversionError(
+                    f"tensor {name!r} is in both {tensors[name].file} and {file}; remove one of them"
+                )
             tensors[name] = tensor
     return tensors
 

@@ -39,7 +39,9 @@ def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # protobuf raises an exception of its own
         raise ConversionError(f"{file}: not a SentencePiece model, or a damaged one ({error})") from None
     if not pieces or model.trainer_spec.model_type != BPE_MODEL or model.normalizer_spec.precompiled_charsmap:
-        raise ConversionError(f"{file}: a BPE model without normalisation is needed, as Llama's is; this is another one")
+        raise ConversionError(
+            f"{file}: a BPE model without normalisation is needed, as Llama's is; this is another one"
+        )
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     map_file = folder / "special_tokens_map.json"

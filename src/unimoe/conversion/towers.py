@@ -175,11 +175,17 @@ def read_beats(file: Path, account: Account) -> Tower:
     if not file.is_file():
         raise ConversionError(f"{file}: --audio-tower must be a BEATs file, and there is none{BEATS_ORIGIN}")
     content = read_file(file) if file.suffix == ".safetensors" else read_pickle(file)
-    if not isinstance(content, dict) or not isinstance(content.get("cfg"), dict) or not _is_weights(content.get("model")):
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("cfg"), dict)
+        or not _is_weights(content.get("model"))
+    ):
         raise ConversionError(f"{file}: not a BEATs file, which has a 'cfg' and a 'model'{BEATS_ORIGIN}")
     settings = content["cfg"]
     if settings.get("finetuned_model"):
-        raise ConversionError(f"{file}: a BEATs classifier fine-tuned on AudioSet; the pre-trained one is needed{BEATS_ORIGIN}")
+        raise ConversionError(
+            f"{file}: a BEATs classifier fine-tuned on AudioSet; the pre-trained one is needed{BEATS_ORIGIN}"
+        )
     weights = account.add(content["model"])
     targets: dict[str, Expression] = {}
     for name, tensor in weights.items():
@@ -187,7 +193,9 @@ def read_beats(file: Path, account: Account) -> Tower:
             # The file repeats one table for every layer, and the original's loader keeps the last.
             table = "encoder.relative_attention_bias.weight"
             if table in targets:
-                account.ignore([targets[table]], "the table of relative positions, which the file repeats for every layer")
+                account.ignore(
+                    [targets[table]], "the table of relative positions, which the file repeats for every layer"
+                )
             targets[table] = tensor
         elif renamed := _rename(name, BEATS_NAMES):
             targets[renamed] = tensor

@@ -72,13 +72,13 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
     _require_folder(paths.checkpoint, "--checkpoint", CHECKPOINT_ORIGIN)
     account = Account()
     eight_experts = is_eight_experts(paths.checkpoint)
-    config_file = (find_config(paths.base, paths.checkpoint) if eight_experts else None) or paths.checkpoint / "config.json"
+    config_file = (
+        find_config(paths.base, paths.checkpoint) if eight_experts else None
+    ) or paths.checkpoint / "config.json"
     config = _read_config(config_file)
     weights = _load(paths, eight_experts, account)
     if eight_experts:
-        mlps, sparsity = place_eight_experts(
-            paths.checkpoint, paths.experts, config, config_file, weights, account
-        )
+        mlps, sparsity = place_eight_experts(paths.checkpoint, paths.experts, config, config_file, weights, account)
     else:
         mlps, indices = _place_mlps(weights, config, config_file)
         sparsity = config_map.sparsity(config, indices, config_file)
@@ -195,7 +195,9 @@ def _strip(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
     return stripped
 
 
-def _place_mlps(weights: dict[str, Expression], config: dict[str, Any], file: Path) -> tuple[dict[str, Expression], list[int]]:
+def _place_mlps(
+    weights: dict[str, Expression], config: dict[str, Any], file: Path
+) -> tuple[dict[str, Expression], list[int]]:
     """Takes the FFNs out of `weights`: as target tensors (names within the decoder), and which layers are sparse."""
     mlps = {name: weights.pop(name) for name in list(weights) if LAYER_MLP.match(name)}
     targets: dict[str, Expression] = {}
@@ -261,7 +263,9 @@ def _read_sound(
     else:
         connector["backbone_config"] = _whisper_decoder_config(aligner, tower.config)
         embedding = aligner.pop("decoder.audio_decoder.embed_tokens.weight", None)
-        account.ignore([embedding] if embedding else [], "the vocabulary of the Whisper decoder, in place of which are queries")
+        account.ignore(
+            [embedding] if embedding else [], "the vocabulary of the Whisper decoder, in place of which are queries"
+        )
     backbone = "qformer" if kind == "audio" else "decoder"
     for name, weight in aligner.items():
         inner = f"{backbone}.{name.removeprefix(kinds[kind])}" if name.startswith(kinds[kind]) else name
@@ -285,7 +289,9 @@ def _qformer_config(aligner: dict[str, Expression], num_heads: int | None) -> di
             "--qformer-num-attention-heads"
         )
     if num_heads is not None and (num_heads < 1 or width % num_heads):
-        raise ConversionError(f"--qformer-num-attention-heads {num_heads} does not divide the Q-Former's width, {width}")
+        raise ConversionError(
+            f"--qformer-num-attention-heads {num_heads} does not divide the Q-Former's width, {width}"
+        )
     return {
         "hidden_size": width,
         "encoder_hidden_size": aligner[f"{layers}.{crossing[0]}.crossattention.attention.key.weight"].shape[1],
@@ -304,8 +310,15 @@ def _whisper_decoder_config(aligner: dict[str, Expression], tower: dict[str, Any
     fc1 = aligner.get(f"{start}layers.0.fc1.weight")
     positions = aligner.get(f"{start}embed_positions.weight")
     if fc1 is None or positions is None:
-        raise ConversionError("the audio aligner's Whisper decoder has no layers or no positions: its file is incomplete")
-    return {**tower, "decoder_layers": depth, "decoder_ffn_dim": fc1.shape[0], "max_target_positions": positions.shape[0]}
+        raise ConversionError(
+            "the audio aligner's Whisper decoder has no layers or no positions: its file is incomplete"
+        )
+    return {
+        **tower,
+        "decoder_layers": depth,
+        "decoder_ffn_dim": fc1.shape[0],
+        "max_target_positions": positions.shape[0],
+    }
 
 
 def _decoder_targets(weights: dict[str, Expression], mlps: dict[str, Expression]) -> dict[str, Expression]:
@@ -319,7 +332,9 @@ def _decoder_targets(weights: dict[str, Expression], mlps: dict[str, Expression]
 def _check_width(found: int | None, config: dict[str, Any], field: str, option: str, path: Path) -> None:
     wanted = config.get(field)
     if wanted is not None and found != wanted:
-        raise ConversionError(f"{path}: a tower of width {found}, given as {option}; this release needs {field}={wanted}")
+        raise ConversionError(
+            f"{path}: a tower of width {found}, given as {option}; this release needs {field}={wanted}"
+        )
 
 
 def _require_folder(folder: Path, option: str, origin: str) -> None:

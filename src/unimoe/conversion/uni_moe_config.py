@@ -17,7 +17,9 @@ ROPE_THETA = 10000.0
 
 def text_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """The decoder's settings. Raises ConversionError where the original asks for what cannot be done alike."""
-    missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if name not in config]
+    missing = [
+        name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if name not in config
+    ]
     if missing:
         raise ConversionError(f"{file}: {', '.join(missing)} missing; it is not the config.json of a Uni-MoE release")
     fields = {name: config[name] for name in LLAMA_FIELDS if config.get(name) is not None}

@@ -16,7 +16,9 @@ from .reader import SourceTensor, read_file, read_json
 
 # Which file fills which of the eight slots, as the original's loader lists them.
 SLOT_FILES = ("audiocap", "basev", "base", "base1", "base4", "base7", "base", "base7")
-EXPERTS_ORIGIN = "; download Uni-MoE-8e-Experts from https://huggingface.co/Uni-MoE or https://huggingface.co/VictorJsy"
+EXPERTS_ORIGIN = (
+    "; download Uni-MoE-8e-Experts from https://huggingface.co/Uni-MoE or https://huggingface.co/VictorJsy"
+)
 FINE_TUNED_ORIGIN = "; download Uni-MoE-8e-e2 from https://huggingface.co/Uni-MoE or https://huggingface.co/VictorJsy"
 PROJECTIONS = ("gate", "up", "down")
 # Weights within the FFNs' own LoRA, which the original saves for experts alone.
@@ -93,7 +95,11 @@ def _router_settings(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(f"aux_{loss}_loss"):
             settings[f"router_{name}_loss_coef"] = float(config.get(f"aux_{loss}_loss_coef") or 0.0)
     names = {"image": "image", "video": "video", "speech": "audio"}
-    experts = {ours: config[f"{theirs}_expert_indices"] for ours, theirs in names.items() if config.get(f"{theirs}_expert_indices")}
+    experts = {
+        ours: config[f"{theirs}_expert_indices"]
+        for ours, theirs in names.items()
+        if config.get(f"{theirs}_expert_indices")
+    }
     return {**settings, "modality_experts": experts or None}
 
 
@@ -110,9 +116,13 @@ def _modality_maps(maps: dict[str, Expression], prefix: str) -> dict[str, Expres
 def _sparse_layers(config: dict[str, Any], file: Path) -> list[int]:
     missing = [name for name in ("moe_type", "lora_r", "lora_alpha", "num_experts") if config.get(name) is None]
     if missing:
-        raise ConversionError(f"{file}: {', '.join(missing)} missing; it is not the configuration of the eight-expert model")
+        raise ConversionError(
+            f"{file}: {', '.join(missing)} missing; it is not the configuration of the eight-expert model"
+        )
     if config["num_experts"] != len(SLOT_FILES):
-        raise ConversionError(f"{file}: num_experts={config['num_experts']}; the model of expert files has {len(SLOT_FILES)}")
+        raise ConversionError(
+            f"{file}: num_experts={config['num_experts']}; the model of expert files has {len(SLOT_FILES)}"
+        )
     if config.get("num_experts_per_tok") != 2:
         raise ConversionError(f"{file}: num_experts_per_tok={config.get('num_experts_per_tok')}; only 2 is supported")
     stride = {"dense": 1, "sparse": config.get("moe_stride")}.get(config["moe_type"])
@@ -153,8 +163,10 @@ def _read_slots(
                 a, b = (tuned.pop((layer, f"{projection}_proj_lora_{side}"), None) for side in "AB")
                 weight: Expression | None = bases[name].get(key, tuned.get(key))
                 if weight is None or a is None or b is None:
-                    raise ConversionError(f"{path}: layer {layer} has no whole {projection}_proj with its LoRA, though "
-                                          f"{file.name} says that the layer is sparse")
+                    raise ConversionError(
+                        f"{path}: layer {layer} has no whole {projection}_proj with its LoRA, though "
+                        f"{file.name} says that the layer is sparse"
+                    )
                 by_layer[layer][projection] = LowRankUpdate(weight, a, b, scale)
         account.ignore(tuned.values(), "copies of experts; the expert files win, and other layers have no experts")
         slots.append(by_layer)

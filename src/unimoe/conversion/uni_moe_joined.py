@@ -57,13 +57,19 @@ def plan_joined_uni_moe(first: UniMoEPaths, second: UniMoEPaths) -> Conversion:
     _check_tensors(audio.plan, speech.plan, names)
 
     config = audio.config.to_dict()
-    fields: dict[str, Any] = {name: config[name] for name in (*SHARED_FIELDS, "audio_config", "audio_connector_config")}
+    fields: dict[str, Any] = {
+        name: config[name] for name in (*SHARED_FIELDS, "audio_config", "audio_connector_config")
+    }
     other = speech.config.to_dict()
     fields |= {name: other[name] for name in ("speech_config", "speech_connector_config")}
     only_speech = {name: target for name, target in speech.plan.targets.items() if not name.startswith(SHARED)}
     plan = Plan({**audio.plan.targets, **only_speech}, known=list(dict.fromkeys(audio.plan.known + speech.plan.known)))
     used = set(plan.used)
-    reasons = {source: "equal to the audio release's" for source in speech.plan.used} | speech.plan.ignored | audio.plan.ignored
+    reasons = (
+        {source: "equal to the audio release's" for source in speech.plan.used}
+        | speech.plan.ignored
+        | audio.plan.ignored
+    )
     plan.ignored = {source: reason for source, reason in reasons.items() if source not in used}
     joined = build(fields, by_kind["audio"].checkpoint / "config.json")
     plan.check(model_shapes(joined))
@@ -72,7 +78,11 @@ def plan_joined_uni_moe(first: UniMoEPaths, second: UniMoEPaths) -> Conversion:
         config=joined,
         plan=plan,
         title="Uni-MoE audio and speech",
-        inputs={f"{kind} {name}": path for kind, one in (("audio", audio), ("speech", speech)) for name, path in one.inputs.items()},
+        inputs={
+            f"{kind} {name}": path
+            for kind, one in (("audio", audio), ("speech", speech))
+            for name, path in one.inputs.items()
+        },
         feature_extractor=speech.feature_extractor,
         notes=[*audio.notes, NOTE],
     )
@@ -93,11 +103,15 @@ def _check_settings(audio: Conversion, speech: Conversion, names: str) -> None:
         differing = [name]
         if isinstance(ours[name], dict) and isinstance(theirs[name], dict):
             differing = [f"{name}.{key}" for key in ours[name] if ours[name][key] != theirs[name].get(key)]
-        raise ConversionError(f"{names}: cannot be joined, since their decoders are built differently ({', '.join(differing[:4])})")
+        raise ConversionError(
+            f"{names}: cannot be joined, since their decoders are built differently ({', '.join(differing[:4])})"
+        )
 
 
 def _check_tokenizers(audio: Path, speech: Path) -> None:
-    contents = [file.read_bytes() if (file := base / "tokenizer.model").is_file() else None for base in (audio, speech)]
+    contents = [
+        file.read_bytes() if (file := base / "tokenizer.model").is_file() else None for base in (audio, speech)
+    ]
     if contents[0] != contents[1]:
         raise ConversionError(f"{audio} and {speech}: cannot be joined, since their tokenizers differ")
 

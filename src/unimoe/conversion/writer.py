@@ -62,7 +62,9 @@ def new_folder(output: Path, num_bytes: int, overwrite: bool = False) -> Iterato
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         where = error.filename or output
-        raise ConversionError(f"{where}: writing failed ({error.strerror or error}); nothing was left behind") from None
+        raise ConversionError(
+            f"{where}: writing failed ({error.strerror or error}); nothing was left behind"
+        ) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -72,7 +74,9 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raises ConversionError where `output` may not be written to or replaced."""
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise ConversionError(f"{output}: exists already; pass --overwrite to replace it, or choose another --output")
+            raise ConversionError(
+                f"{output}: exists already; pass --overwrite to replace it, or choose another --output"
+            )
         if not (output / "config.json").is_file():
             raise ConversionError(f"{output}: not a checkpoint folder, so --overwrite does not replace it")
     elif output.exists() and not output.is_dir():

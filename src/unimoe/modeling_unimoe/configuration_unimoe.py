@@ -78,13 +78,24 @@ class UniMoESparsityConfig(PreTrainedConfig):
             Otherwise they are the probabilities over all experts.
         router_dtype: Precision of the router's linear map; `None` is the model's own, `"float32"` the gate of MoE-LLaVA.
         router_noise: `"gumbel"` adds Gumbel noise to the choice of all experts but the first, in training and inference
-            alike, as the eight-expert Uni-MoE's original does; `None` routes deterministically.
+            alike, and to the logits that losses are computed from, as the eight-expert Uni-MoE's original does;
+            `"gumbel_choice"` leaves the losses without it, as MoE-LLaVA's does; `None` routes deterministically.
         router_modality_maps: Whether a linear map for each modality stands before the router; decoder only.
+        capacity_factor, eval_capacity_factor: In training and in evaluation an expert takes at most `ceil(tokens / num_experts *
+            top_k * factor)` tokens of a forward pass, padding counted; the others lose that choice. `None`: no limit.
+        min_capacity: The least such number.
+        random_token_selection: Whether chance decides who finds room, in both modes (DeepSpeed's top-1 gate); otherwise the
+            order of the tokens. Needs `top_k=1`.
+        residual: Whether a dense MLP stands beside the experts, mixed with their output token by token.
         router_aux_loss_coef: Weight of the load-balancing loss in the training loss; 0 leaves it out.
         router_z_loss_coef: Weight of the mean squared logsumexp of the router logits; 0 leaves it out.
         router_modality_loss_coef: Weight of the loss that draws each modality to its `modality_experts`; decoder only.
         router_divergence_loss_coef: Weight of the loss that draws the modalities' routing apart; decoder only.
         modality_experts: The experts meant for each modality, such as `{"image": [1, 5]}`.
+        router_loss_scope: Whose tokens the load-balancing loss counts together: those of the `"batch"`, or of each `"sample"`
+            (a row of text, an image, a tile) with the mean over samples (CuMo's vision).
+        router_loss_reduction: `"sum"` or `"mean"` of the load-balancing and z losses over sparse layers and passes.
+        router_loss_counts_padding: Whether padding counts in these two, as in MoE-LLaVA and CuMo.
 
     Raises:
         ValueError: A value is out of its range or contradicts another; the message names the field.
@@ -99,11 +110,19 @@ class UniMoESparsityConfig(PreTrainedConfig):
     router_dtype: str | None = None
     router_noise: str | None = None
     router_modality_maps: bool = False
+    capacity_factor: float | int | None = None
+    eval_capacity_factor: float | int | None = None
+    min_capacity: int = 0
+    random_token_selection: bool = False
+    residual: bool = False
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     router_modality_loss_coef: float = 0.0
     router_divergence_loss_coef: float = 0.0
     modality_experts: dict[str, list[int]] | None = None
+    router_loss_scope: Literal["batch", "sample"] = "batch"
+    router_loss_reduction: Literal["sum", "mean"] = "sum"
+    router_loss_counts_padding: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -124,17 +143,32 @@ class UniMoESparsityConfig(PreTrainedConfig):
                 )
         if self.router_dtype not in (None, "float32"):
             raise ValueError(f"`router_dtype` must be None or 'float32', got {self.router_dtype!r}")
-        if self.router_noise not in (None, "gumbel"):
-            raise ValueError(f"`router_noise` must be None or 'gumbel', got {self.router_noise!r}")
+        if self.router_noise not in (None, "gumbel", "gumbel_choice"):
+            raise ValueError(f"`router_noise` must be None, 'gumbel' or 'gumbel_choice', got {self.router_noise!r}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive or None, got {getattr(self, name)}")
+        if self.min_capacity < 0:
+            raise ValueError(f"`min_capacity` must not be negative, got {self.min_capacity}")
+        if self.random_token_selection and self.top_k != 1:
+            raise ValueError(f"`random_token_selection` needs `top_k`=1, got {self.top_k}")
         for name in ("aux_loss", "z_loss", "modality_loss", "divergence_loss"):
             name = f"router_{name}_coef"
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         for name, indices in (self.modality_experts or {}).items():
             if name not in MODALITIES or not indices or not 0 <= min(indices) <= max(indices) < min(counts):
-                raise ValueError(f"`modality_experts` must list experts below {min(counts)} for {MODALITIES}, got {name}: {indices}")
+                raise ValueError(
+                    f"`modality_experts` must list experts below {min(counts)} for {MODALITIES}, got {name}: {indices}"
+                )
         if self.router_modality_loss_coef and not self.modality_experts:
             raise ValueError("`router_modality_loss_coef` needs `modality_experts`")
+
+    @property
+    def block_options(self) -> dict[str, Any]:
+        """The arguments of a sparse block beyond its experts and their number."""
+        names = "norm_topk_prob router_dtype capacity_factor eval_capacity_factor min_capacity random_token_selection residual"
+        return {name: getattr(self, name) for name in names.split()}
 
     def layer_indices(self, num_layers: int) -> list[int]:
         """The sparse layers of a stack of `num_layers`, in the order in which `num_experts` counts for them.
@@ -434,14 +468,28 @@ class UniMoEConfig(PreTrainedConfig):
     def _check_sparsity(self):
         if self.text_sparsity is not None:
             if getattr(self.text_config, "num_local_experts", None):
-                raise ValueError(
-                    f"`text_sparsity` is set, but `text_config` ({self.text_config.model_type!r}) has experts of its own"
-                )
+                self._check_own_experts()
             self._check_layers("text_sparsity", self.text_config.num_hidden_layers)
         if self.vision_sparsity is not None:
             if self.vision_config is None:
                 raise ValueError("`vision_sparsity` is set, but `vision_config` is None: there is no tower")
             self._check_layers("vision_sparsity", self.vision_config.num_hidden_layers)
+
+    def _check_own_experts(self):
+        """A decoder with experts of its own is what it is: `text_sparsity` may only add losses to it."""
+        told, text = self.text_sparsity, self.text_config
+        plain = UniMoESparsityConfig(layers="all", num_experts=text.num_local_experts, top_k=text.num_experts_per_tok)
+        losses = {name for name in told.to_dict() if "loss" in name}
+        differing = [
+            name
+            for name, value in plain.to_dict().items()
+            if name not in losses and getattr(told, name, value) != value and not name.startswith(("_", "transformers"))
+        ]
+        if differing:
+            raise ValueError(
+                f"`text_sparsity` is set, but `text_config` ({text.model_type!r}) has experts of its own; it may only weigh "
+                f"their losses and repeat their numbers, yet {', '.join(differing)} differ"
+            )
 
     def _check_layers(self, name: str, num_layers: int):
         try:

@@ -20,9 +20,9 @@ from transformers.utils.output_capturing import select_hidden_states
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector, init_connector_weights
-from .qwen import build_decoder
 from .modality_routing import TokenTypes, set_router_options, token_types_of
-from .router_losses import load_balancing_loss, modality_divergence_loss, modality_expert_loss, router_z_loss
+from .model_losses import has_router_losses, router_losses
+from .qwen import build_decoder
 from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
 from .vision_features import UniMoEVisionOutput, encode_images
@@ -34,9 +34,6 @@ MEDIA_INPUTS = {
     "audio": "input_values",
     "speech": "input_features",
 }
-
-# The router losses by the field of the sparsity that holds their weight.
-ROUTER_LOSSES = {"aux": "aux_loss", "z": "z_loss", "modality": "modality_loss", "divergence": "divergence_loss"}
 
 
 @dataclass
@@ -168,18 +165,18 @@ def _features(
 def _build_backbone(
     config: UniMoEConfig, sub_config: PreTrainedConfig, sparsity: PreTrainedConfig | None
 ) -> PreTrainedModel:
-    """A stock Transformers model from its config, its FFNs made sparse where `sparsity` says so."""
+    """A stock Transformers model from its config, its FFNs made sparse where `sparsity` says so and they are not already."""
     requested = sub_config._experts_implementation or config._experts_implementation
     backbone = build_decoder(_without_experts_request(sub_config))
-    if sparsity is not None:
+    has_own_experts = getattr(sub_config, "num_local_experts", None)
+    if sparsity is not None and not has_own_experts:
         sparsify(
             backbone,
             layers=sparsity.layers,
             num_experts=sparsity.num_experts,
             top_k=sparsity.top_k,
-            norm_topk_prob=sparsity.norm_topk_prob,
-            router_dtype=sparsity.router_dtype,
             copy_weights=False,
+            **sparsity.block_options,
         )
     if backbone._can_set_experts_implementation():
         backbone.set_experts_implementation(requested)
@@ -609,7 +606,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        coefs = self._router_loss_coefs() if labels is not None else {}
+        adds_losses = labels is not None and has_router_losses(self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -623,7 +620,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_router_logits=bool(output_router_logits or coefs),
+            output_router_logits=bool(output_router_logits or adds_losses),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -632,18 +629,15 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        if outputs.router_logits:
+        if output_router_logits or adds_losses:
             # A 4-D mask, or one that covers cached tokens too, does not say which of these tokens are padding.
             num_tokens = outputs.last_hidden_state.shape[:2].numel()
             usable = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.numel() == num_tokens
-            token_mask = attention_mask if usable else None
-            aux_loss = load_balancing_loss(outputs.router_logits, token_mask)
-            if coefs:
-                weighted = coefs.get("aux", 0.0) * aux_loss
-                if "z" in coefs:
-                    weighted = weighted + coefs["z"] * router_z_loss(outputs.router_logits, token_mask)
-                weighted = weighted + self._modality_losses(outputs.router_logits, input_ids, coefs)
-                loss = loss + (weighted * _share_of_batch(labels, kwargs.get("num_items_in_batch"))).to(loss.device)
+            aux_loss, weighted = router_losses(
+                self.config, outputs, attention_mask if usable else None, lambda: self._token_types(input_ids)
+            )
+            if adds_losses:
+                loss = loss + weighted * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
         return UniMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -660,36 +654,13 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             speech_hidden_states=outputs.speech_hidden_states,
         )
 
-    def _router_loss_coefs(self) -> dict[str, float]:
-        """Weights of the router losses that have one: ours, or those of a decoder that is sparse by itself."""
-        sparsity, text_config = self.config.text_sparsity, self.config.text_config
-        coefs = {}
-        if sparsity is not None:
-            coefs = {name: getattr(sparsity, f"router_{field}_coef") for name, field in ROUTER_LOSSES.items()}
-        # Stock sparse decoders apply their coefficient only when asked to return router logits.
-        elif getattr(text_config, "num_local_experts", None) and getattr(text_config, "output_router_logits", False):
-            coefs = {"aux": text_config.router_aux_loss_coef}
-        return {name: coef for name, coef in coefs.items() if coef}
-
-    def _modality_losses(
-        self, router_logits: tuple[torch.Tensor, ...], input_ids: torch.Tensor | None, coefs: dict[str, float]
-    ) -> torch.Tensor | float:
-        """The weighted losses that need to know each token's modality. Raises ValueError without `input_ids`."""
-        if not {"modality", "divergence"} & coefs.keys():
-            return 0.0
+    def _token_types(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         if input_ids is None:
             raise ValueError(
                 "`router_modality_loss_coef` and `router_divergence_loss_coef` need `input_ids`, which tell the modalities "
                 "apart; `inputs_embeds` do not"
             )
-        token_types = self.model.token_types(input_ids)
-        total = 0.0
-        if "modality" in coefs:
-            experts = self.config.text_sparsity.modality_experts
-            total = total + coefs["modality"] * modality_expert_loss(router_logits, token_types, experts)
-        if "divergence" in coefs:
-            total = total + coefs["divergence"] * modality_divergence_loss(router_logits, token_types)
-        return total
+        return self.model.token_types(input_ids)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs: dict, model_input_name, generation_config

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # None: the choice of experts is deterministic.
-ROUTER_NOISES = (None, "gumbel")
+ROUTER_NOISES = (None, "gumbel", "gumbel_choice")
 
 
 def naive_topk_router(
@@ -49,6 +49,7 @@ def fused_topk_router(
     router_dtype: torch.dtype | None = None,
     return_logits: bool = True,
     noise: torch.Tensor | None = None,
+    report_noise: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Top-k on the logits, then softmax over the chosen ones alone: equal to `naive_topk_router`, with less work.
 
@@ -66,8 +67,8 @@ def fused_topk_router(
             (the second choice of GShard, section 3.2). The weights come from the logits without it.
 
     Returns:
-        Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None, weights [T, K] in the dtype of `hidden_states`,
-        expert ids int64 [T, K], the most probable expert first.
+        Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None,
+        weights [T, K] in the dtype of `hidden_states`, expert ids int64 [T, K], the most probable expert first.
     """
     if router_dtype is None:
         logits_TE = F.linear(hidden_states, weight)
@@ -77,9 +78,10 @@ def fused_topk_router(
     if noise is None:
         chosen_TK, index_TK = torch.topk(logits_TE, top_k, dim=-1)
     else:
-        reported_TE = logits_TE + noise.to(logits_TE.dtype)
+        noisy_TE = logits_TE + noise.to(logits_TE.dtype)
+        reported_TE = noisy_TE if report_noise else logits_TE
         first_T1 = logits_TE.argmax(dim=-1, keepdim=True)
-        others_TE = reported_TE.scatter(-1, first_T1, -torch.inf)
+        others_TE = noisy_TE.scatter(-1, first_T1, -torch.inf)
         index_TK = torch.cat([first_T1, others_TE.topk(top_k - 1, dim=-1).indices], dim=-1)
         chosen_TK = logits_TE.gather(-1, index_TK)
     if norm_topk_prob:
@@ -99,7 +101,7 @@ class UniMoETopKRouter(nn.Module):
         norm_topk_prob: whether the chosen weights sum to 1.
         router_dtype: dtype of the linear map, as a name ("float32") or a `torch.dtype`; None keeps the working dtype.
         noise: "gumbel" chooses all experts but the first with Gumbel noise on the logits, in training and in inference
-            alike, so that outputs are random; None does not.
+            alike, so that outputs are random; "gumbel_choice" does so too, but returns the logits without it; None does not.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -151,6 +153,7 @@ class UniMoETopKRouter(nn.Module):
             norm_topk_prob=self.norm_topk_prob,
             router_dtype=self.router_dtype,
             noise=self.sample_noise(hidden_states_TH.shape[0]),
+            report_noise=self.noise != "gumbel_choice",
         )
 
     def extra_repr(self) -> str:

@@ -1,11 +1,12 @@
 """Auxiliary losses on router logits.
 
-Shape suffixes: T tokens (batch times length, flattened), E experts.
+Shape suffixes: T tokens (batch times length, flattened), E experts, G groups of tokens whose statistics are taken apart.
 """
 
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedConfig
 
 from .modality_routing import TOKEN_TYPES
 
@@ -19,21 +20,23 @@ def load_balancing_loss(
     choices count, and no gradient flows through the counts.
 
     Args:
-        router_logits: One tensor [T, E] per sparse layer; the number of experts may differ between layers.
-        attention_mask: [B, S] with B * S == T, 1 for tokens that count; all count where it is None.
+        router_logits: One tensor per sparse layer: [T, E], or [G, T, E] for a mean over G samples with statistics of their
+            own. The number of experts may differ between layers.
+        attention_mask: [B, S] with as many tokens, 1 for those that count; all count where it is None.
 
     Returns:
         A scalar, float32.
     """
     total = 0.0
-    for logits_TE in router_logits:
-        weight_T = _token_weights(logits_TE, attention_mask)
-        num_experts = logits_TE.shape[-1]
-        probabilities_TE = logits_TE.float().softmax(dim=-1)
-        first_choice_TE = torch.nn.functional.one_hot(logits_TE.argmax(dim=-1), num_experts).float()
-        mean_probability_E = weight_T @ probabilities_TE
-        first_choice_fraction_E = weight_T @ first_choice_TE
-        total = total + num_experts * (mean_probability_E * first_choice_fraction_E.detach()).sum()
+    for logits in router_logits:
+        logits_GTE = logits if logits.ndim == 3 else logits[None]
+        weight_GT1 = _token_weights(logits_GTE, attention_mask)
+        num_experts = logits_GTE.shape[-1]
+        probabilities_GTE = logits_GTE.float().softmax(dim=-1)
+        first_choice_GTE = torch.nn.functional.one_hot(logits_GTE.argmax(dim=-1), num_experts).float()
+        mean_probability_GE = (weight_GT1 * probabilities_GTE).sum(dim=1)
+        first_choice_fraction_GE = (weight_GT1 * first_choice_GTE).sum(dim=1)
+        total = total + num_experts * (mean_probability_GE * first_choice_fraction_GE.detach()).sum(dim=-1).mean()
     return total
 
 
@@ -43,9 +46,10 @@ def router_z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.T
     Arguments and result are those of [`load_balancing_loss`].
     """
     total = 0.0
-    for logits_TE in router_logits:
-        weight_T = _token_weights(logits_TE, attention_mask)
-        total = total + weight_T @ logits_TE.float().logsumexp(dim=-1).square()
+    for logits in router_logits:
+        logits_GTE = logits if logits.ndim == 3 else logits[None]
+        weight_GT1 = _token_weights(logits_GTE, attention_mask)
+        total = total + (weight_GT1[..., 0] * logits_GTE.float().logsumexp(dim=-1).square()).sum(dim=1).mean()
     return total
 
 
@@ -97,8 +101,12 @@ def modality_divergence_loss(router_logits: Sequence[torch.Tensor], token_types:
         num_experts = logits_TE.shape[-1]
         probabilities_BSE = logits_TE.float().softmax(dim=-1).reshape(*token_types.shape, num_experts)
         for sample, probabilities_SE in enumerate(probabilities_BSE):
-            present = {name: mask[sample].to(logits_TE.device) for name, mask in masks_BS.items() if mask[sample].any()}
-            log_means = {name: probabilities_SE[mask].mean(dim=0).log_softmax(dim=-1) for name, mask in present.items()}
+            present = {
+                name: mask[sample].to(logits_TE.device) for name, mask in masks_BS.items() if mask[sample].any()
+            }
+            log_means = {
+                name: probabilities_SE[mask].mean(dim=0).log_softmax(dim=-1) for name, mask in present.items()
+            }
             pairs = [(log_means[a], log_means[b]) for a, b in DIVERGENT_PAIRS if a in present and b in present]
             alike = [1 - (b.exp() * (b - a)).sum() / num_experts for a, b in pairs]
             if alike:
@@ -106,10 +114,32 @@ def modality_divergence_loss(router_logits: Sequence[torch.Tensor], token_types:
     return total
 
 
-def _token_weights(logits_TE: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """[T] float32 weights that sum to one over the tokens that count."""
+def balance_and_z_losses(
+    sparsity: PreTrainedConfig,
+    router_logits: Sequence[torch.Tensor],
+    num_samples: int,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both losses of one stack of sparse layers, unweighted, taken as `sparsity` says (`router_loss_*`).
+
+    Args:
+        router_logits: One tensor [..., E] per sparse layer, sample after sample.
+        num_samples: Samples in the batch, for statistics of each of them; a tensor [samples, tokens, E] tells it itself.
+        attention_mask: [B, S]; see [`load_balancing_loss`].
+    """
+    if sparsity.router_loss_scope == "sample":
+        grouped = [logits if logits.ndim == 3 else logits.unflatten(0, (num_samples, -1)) for logits in router_logits]
+    else:
+        grouped = [logits.flatten(0, -2) for logits in router_logits]
+    mask = None if sparsity.router_loss_counts_padding else attention_mask
+    scale = 1.0 / len(grouped) if sparsity.router_loss_reduction == "mean" else 1.0
+    return scale * load_balancing_loss(grouped, mask), scale * router_z_loss(grouped, mask)
+
+
+def _token_weights(logits_GTE: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[G, T, 1] float32 weights that sum to one over the tokens of a group that count."""
+    num_groups, num_tokens, _ = logits_GTE.shape
     if attention_mask is None:
-        num_tokens = logits_TE.shape[0]
-        return logits_TE.new_full((num_tokens,), 1.0 / max(num_tokens, 1), dtype=torch.float32)
-    weight_T = attention_mask.to(logits_TE.device).reshape(-1).float()
-    return weight_T / weight_T.sum().clamp(min=1.0)
+        return logits_GTE.new_full((num_groups, num_tokens, 1), 1.0 / max(num_tokens, 1), dtype=torch.float32)
+    weight_GT1 = attention_mask.to(logits_GTE.device).reshape(num_groups, num_tokens, 1).float()
+    return weight_GT1 / weight_GT1.sum(dim=1, keepdim=True).clamp(min=1.0)
