@@ -151,12 +151,30 @@ def _scales(config: dict[str, Any], file: Path) -> list[int] | None:
 
 
 def _sparsity(config: dict[str, Any]) -> dict[str, Any]:
-    """Vision encoder and connector have the same number of experts."""
-    return {"layers": "all", "num_experts": config["num_experts"], "top_k": config["num_selected"]}
+    """Vision encoder and connector have the same number of experts, and statistics of every image or tile of its own."""
+    return {
+        "layers": "all",
+        "num_experts": config["num_experts"],
+        "top_k": config["num_selected"],
+        "router_loss_scope": "sample",
+        **_losses(config),
+    }
 
 
 def _decoder_sparsity(config: dict[str, Any]) -> dict[str, Any] | None:
-    return None
+    """Only losses, for Mixtral has its own experts; and only where the vision part is sparse, as in the original."""
+    if config.get("num_local_experts") is None or not (config.get("clip_smoe") or config.get("mlp_smoe")):
+        return None
+    counts = {"num_experts": config["num_local_experts"], "top_k": config["num_experts_per_tok"]}
+    return {"layers": "all", **counts, "router_loss_counts_padding": True, **_losses(config)}
+
+
+def _losses(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "router_loss_reduction": "mean",
+        "router_aux_loss_coef": float(config.get("balance_loss_coef") or 0.0),
+        "router_z_loss_coef": float(config.get("router_z_loss_coef") or 0.0),
+    }
 
 
 def _tower_targets(weights: dict[str, Expression], vision: dict[str, Any]) -> dict[str, Expression]:

@@ -167,10 +167,15 @@ def _place_experts(weights: dict[str, Expression]) -> tuple[list[int], dict[str,
     """Which layers are sparse, and the decoder's tensors with DeepSpeed's experts as the sparse block's."""
     targets: dict[str, Expression] = {}
     experts: dict[str, dict[int, dict[str, Expression]]] = {}
+    residual: dict[str, dict[str, Expression]] = {}
     for name, weight in weights.items():
-        match = re.fullmatch(r"(.+\.layers\.\d+\.mlp)\.deepspeed_moe\.(.+)", name)
+        match = re.fullmatch(r"(.+\.layers\.\d+\.mlp)\.(?:deepspeed_moe\.)?(.+)", name)
         if match is None:
             targets[name] = weight
+        elif match[2].startswith("mlp."):
+            residual.setdefault(match[1], {})[match[2].removeprefix("mlp.")] = weight
+        elif match[2].startswith("coefficient."):
+            targets[f"{match[1]}.residual.{match[2]}"] = weight
         elif match[2] == "gate.wg.weight":
             targets[f"{match[1]}.gate.weight"] = weight
         elif expert := re.fullmatch(r"experts\.deepspeed_experts\.(\d+)\.(.+)", match[2]):
@@ -180,6 +185,8 @@ def _place_experts(weights: dict[str, Expression]) -> tuple[list[int], dict[str,
     for mlp, parts in experts.items():
         fused = fuse_experts([parts[i] for i in sorted(parts)], mlp)
         targets |= {f"{mlp}.experts.{name}": weight for name, weight in fused.items()}
+    for mlp, part in residual.items():
+        targets |= {f"{mlp}.residual.experts.{name}": weight for name, weight in fuse_experts([part], mlp).items()}
     return sorted(int(mlp.split(".")[-2]) for mlp in experts), targets
 
 
@@ -207,5 +214,10 @@ def _sparsity(config: dict[str, Any], sparse: list[int], num_layers: int, file: 
         # DeepSpeed's gate divides two weights by their sum, and leaves a single one as it is.
         "norm_topk_prob": moe["top_k_experts"] > 1,
         "router_dtype": "float32",
+        "capacity_factor": moe.get("capacity_factor"),
+        "eval_capacity_factor": moe.get("eval_capacity_factor"),
+        "min_capacity": moe.get("min_capacity") or 0,
+        "residual": bool(moe.get("use_residual")),
         "router_aux_loss_coef": float(moe.get("router_aux_loss_coef") or 0.0),
+        "router_loss_counts_padding": True,
     }

@@ -141,9 +141,8 @@ def build_connector(
         gated=False,
         bias=True,
         output_size=output_size,
-        norm_topk_prob=config.sparsity.norm_topk_prob,
-        router_dtype=config.sparsity.router_dtype,
         config=model_config,
+        **config.sparsity.block_options,
     )
 
 

@@ -126,6 +126,18 @@ class UniMoESparseMoeBlock(nn.Module):
             output_TO = self.residual(hidden_states_TH, output_TO)
         return output_TO.reshape(*hidden_states.shape[:-1], self.output_size)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Capacities, `random_token_selection` and `residual`, where they are not what they are by default."""
+        values = {
+            "capacity_factor": self.capacity.train_factor,
+            "eval_capacity_factor": self.capacity.eval_factor,
+            "min_capacity": self.capacity.minimum,
+            "random_token_selection": self.capacity.random_selection,
+            "residual": self.residual is not None,
+        }
+        return {name: value for name, value in values.items() if value not in (None, False, 0)}
+
     @classmethod
     def from_dense(
         cls,

@@ -8,6 +8,7 @@ layers, gets a subclass of its own class that answers for the sparse blocks too.
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -35,6 +36,7 @@ def sparsify(
     norm_topk_prob: bool = True,
     router_dtype: str | torch.dtype | None = None,
     copy_weights: bool = True,
+    **options: Any,
 ) -> PreTrainedModel:
     """Swaps the FFNs of a Transformers model for sparse blocks, in place; nothing is changed unless all of it can be.
 
@@ -57,6 +59,8 @@ def sparsify(
         router_dtype: dtype of the routers' linear maps; None keeps the model's.
         copy_weights: True upcycles: each expert is a copy of its layer's FFN, so the outputs stay what they were (with
             `norm_topk_prob`). False gives fresh random experts.
+        options: `capacity_factor`, `eval_capacity_factor`, `min_capacity`, `random_token_selection` and `residual` of
+            `UniMoESparseMoeBlock`.
 
     Returns:
         `model` itself.
@@ -99,6 +103,7 @@ def sparsify(
             router_dtype=router_dtype,
             copy_weights=copy_weights,
             config=owner.config,
+            **options,
         )
     if getattr(owner, "_output_capturing_hooks_installed", False):
         # Transformers installs its hooks once, at the first request; these routers came after it.
@@ -180,6 +185,7 @@ def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
         router = next(module for module in layer.mlp.modules() if isinstance(module, UniMoETopKRouter))
         router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
         shared = {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
+        shared |= layer.mlp.options
         call = calls.setdefault(tuple(shared.values()), {"layers": [], "num_experts": [], **shared})
         call["layers"].append(index)
         call["num_experts"].append(router.num_experts)
