@@ -24,11 +24,15 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "transformers-tests"
 STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 # Not `tests`: that is this project's own folder.
 PACKAGE = "transformers_tests"
-DOWNLOAD_SECONDS = 180
+DOWNLOAD_SECONDS = 600
 
 
 class CommonTestsUnavailable(Exception):
     """The source distribution is neither cached nor to be had; the message says why."""
+
+
+# Folders that could not be filled: one attempt a session, so that all of it sees the same.
+_failed: dict[Path, CommonTestsUnavailable] = {}
 
 
 def fetch() -> Path:
@@ -40,8 +44,18 @@ def fetch() -> Path:
     """
     version = transformers.__version__
     folder = CACHE / version / "tests"
-    if folder.is_dir():
-        return folder
+    if folder in _failed:
+        raise _failed[folder]
+    if not folder.is_dir():
+        try:
+            _fill(folder, version)
+        except CommonTestsUnavailable as error:
+            _failed[folder] = error
+            raise
+    return folder
+
+
+def _fill(folder: Path, version: str):
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as workspace:
         archive = _download(version, Path(workspace))
@@ -55,7 +69,6 @@ def fetch() -> Path:
             # Another process was faster.
             if not folder.is_dir():
                 raise
-    return folder
 
 
 def _download(version: str, folder: Path) -> Path:
