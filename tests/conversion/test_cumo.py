@@ -357,3 +357,82 @@ def test_tokens(loaded, text):
     images = [image] * text.count("<image>") or None
     ids = processor(text=text, images=images)["input_ids"][0]
     assert with_one_placeholder(ids, processor) == facts["with_image"]
+
+
+def training_inputs(model, facts, tensors):
+    """A recorded batch as the model takes it. The image of a sample without a placeholder counts in the losses alone."""
+    config, mask = model.config, tensors["attention_mask"]
+    num_tokens = config.num_image_tokens
+    ids, spliced_mask = expand(tensors["input_ids"], mask, num_tokens, config.image_token_id, 0)
+    labels = expand_labels(tensors["labels"], tensors["input_ids"], mask, num_tokens)
+    length = facts["max_length"]
+    assert (ids[:, length:] != config.image_token_id).all()
+    encoded = model.model.encode_media(pixel_values=tensors["images"], output_router_logits=True)
+    counts = (tensors["input_ids"] == -200).sum(dim=1)
+    placed, image = [], 0
+    for count in counts.tolist():
+        placed += range(image, image + count)
+        image += max(count, 1)
+    encoded["image"].pooler_output = encoded["image"].pooler_output[placed]
+    rows = {"input_ids": ids, "attention_mask": spliced_mask, "labels": labels}
+    return {name: value[:, :length] for name, value in rows.items()} | {"mm_encoder_outputs": encoded}
+
+
+def our_gradient(model, name):
+    """The gradient of the tensor that an original's parameter has become, or is a slice of; None where it got none."""
+    inner = name.removeprefix("model.")
+    inner = inner.replace("vision_tower.vision_model.", "vision_tower.").replace("mm_projector.", "vision_connector.")
+    inner = inner.replace(".block_sparse_moe.gate.", ".mlp.gate.")
+    if "vision_tower.encoder" in inner:
+        inner = inner.replace(".gate.", ".mlp.gate.").replace(".experts.", ".mlp.experts.")
+    parts = inner.split(".experts.")
+    parameters = dict(model.named_parameters())
+    index = None
+    if len(parts) == 2:
+        expert, layer, kind = parts[1].split(".")[0], ".".join(parts[1].split(".")[1:-1]), parts[1].split(".")[-1]
+        suffix = "_bias" if kind == "bias" else ""
+        target = {"0": "up_proj", "fc1": "up_proj", "2": "down_proj", "fc2": "down_proj", "w2": "down_proj"}.get(layer)
+        index = int(expert)
+        if layer in ("w1", "w3"):
+            target = "gate_up_proj"
+        prefix = parts[0].replace(".block_sparse_moe", ".mlp")
+        inner = f"{prefix}.experts.{target}{suffix}"
+    for prefix in ("model.", "model.language_model.", ""):
+        if (parameter := parameters.get(f"{prefix}{inner}")) is not None:
+            break
+    else:
+        raise KeyError(f"{name}: {inner}")
+    if parameter.grad is None or index is None:
+        return parameter.grad
+    gradient = parameter.grad[index]
+    if layer in ("w1", "w3"):
+        gradient = gradient.chunk(2)[0 if layer == "w1" else 1]
+    return gradient
+
+
+@pytest.mark.parametrize("decoder, case", cases("training"))
+def test_training_losses_and_gradients(loaded, decoder, case):
+    model, _, facts, tensors = loaded(decoder)
+    facts, tensors = facts[case], tensors[case]
+    inputs = training_inputs(model, facts, tensors)
+    model.zero_grad()
+    outputs = model(**inputs, output_router_logits=True)
+    real = inputs["attention_mask"].bool()
+    close(outputs.logits[real], tensors["logits"][real], 1e-4, "logits")
+    check_routers(outputs, tensors, real.flatten())
+    shifted = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    )
+    assert shifted.item() == pytest.approx(facts["losses"]["language"], abs=1e-4)
+    assert outputs.loss.item() == pytest.approx(facts["losses"]["total"], abs=1e-4)
+    outputs.loss.backward()
+    for name, expected in tensors.items():
+        if name.startswith("grad."):
+            close(our_gradient(model, name.removeprefix("grad.")), expected, 1e-5, name, rtol=1e-3)
+    for name, expected in facts["grad_norms"].items():
+        gradient = our_gradient(model, name)
+        norm = 0.0 if gradient is None else gradient.norm().item()
+        assert norm == pytest.approx(expected or 0.0, rel=1e-3, abs=1e-5), name
+    for name in facts["no_grad"]:
+        gradient = our_gradient(model, name)
+        assert gradient is None or not gradient.any(), name

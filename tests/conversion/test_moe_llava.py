@@ -80,6 +80,7 @@ def build_block(facts, weights):
                 getattr(block.residual.experts, name)[0] = value
             block.residual.coefficient.weight.copy_(weights["coefficient.weight"])
             block.residual.coefficient.bias.copy_(weights["coefficient.bias"])
+    block.gate.noise = "gumbel_choice" if "gumbel added" in facts["noise"] else None
     return block.train(facts["mode"] == "train")
 
 

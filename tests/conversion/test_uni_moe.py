@@ -355,7 +355,7 @@ def test_training_loss_with_auxiliary_losses(loaded, monkeypatch, case):
         row = expand(row, item_lengths(row, tensors, config, variant, i), config, variant.sound)
         rows.append(row + [0] * (mask.shape[1] - len(row)))
     real_types = model.model.token_types(torch.tensor(rows))
-    monkeypatch.setattr(model, "_modality_losses", modality_losses_of(model, real_types))
+    monkeypatch.setattr(model, "_token_types", lambda input_ids: real_types)
     fields = {
         "balance": "router_aux_loss_coef",
         "multimodal": "router_modality_loss_coef",
@@ -371,16 +371,3 @@ def test_training_loss_with_auxiliary_losses(loaded, monkeypatch, case):
         with torch.no_grad():
             loss = model(inputs_embeds=tensors["inputs_embeds"], attention_mask=mask, labels=labels).loss
         assert loss.item() == pytest.approx(facts["losses"][recorded_name], abs=1e-4), recorded_name
-
-
-def modality_losses_of(model, token_types):
-    """`_modality_losses` with the modalities known, since embeddings alone do not tell them."""
-    from unimoe.modeling_unimoe.router_losses import modality_divergence_loss, modality_expert_loss
-
-    def losses(router_logits, input_ids, coefs):
-        experts = model.config.text_sparsity.modality_experts
-        return coefs.get("modality", 0.0) * modality_expert_loss(router_logits, token_types, experts) + coefs.get(
-            "divergence", 0.0
-        ) * modality_divergence_loss(router_logits, token_types)
-
-    return losses

@@ -490,8 +490,13 @@ class UniMoEModel(UniMoEPreTrainedModel):
         sparsity = self.config.text_sparsity
         if sparsity is not None and sparsity.router_modality_maps:
             self.routed_token_types.value_BS = None if input_ids is None else self.token_types(input_ids)
+        spliced = self._splice(input_ids, inputs_embeds, encoded)
+        counts_padding = sparsity is not None and sparsity.router_loss_counts_padding
+        if counts_padding and attention_mask is not None and attention_mask.shape == spliced.shape[:2]:
+            # What padding is matters here: it takes part in losses and capacities, and the originals pad with zeros.
+            spliced = spliced * attention_mask.unsqueeze(-1).to(spliced.dtype)
         outputs = self.language_model(
-            inputs_embeds=self._splice(input_ids, inputs_embeds, encoded),
+            inputs_embeds=spliced,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -634,10 +639,14 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             num_tokens = outputs.last_hidden_state.shape[:2].numel()
             usable = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.numel() == num_tokens
             aux_loss, weighted = router_losses(
-                self.config, outputs, attention_mask if usable else None, lambda: self._token_types(input_ids)
+                self.config,
+                outputs,
+                attention_mask if usable else None,
+                lambda: self._token_types(input_ids),
+                _parts_of_step(labels, kwargs.get("num_items_in_batch")),
             )
             if adds_losses:
-                loss = loss + weighted * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + weighted
         return UniMoECausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -695,15 +704,17 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         return _WithoutPlaceholders(processors, placeholder_ids) if placeholder_ids else processors
 
 
-def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """This call's part of the optimiser step, by predicted tokens.
+def _parts_of_step(
+    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor | None:
+    """[B], the part of the optimiser step that each row is, by predicted tokens; None where the batch is the whole step.
 
     `Trainer` divides the cross entropy by the tokens of the whole step and adds up its micro-batches, so a loss that is a
     mean over one micro-batch has to be scaled down to its share, lest it count once per micro-batch and process.
     """
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+    if labels is None or num_items_in_batch is None:
+        return None
+    return (labels[:, 1:] != -100).sum(dim=1) / num_items_in_batch
 
 
 __all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel"]
