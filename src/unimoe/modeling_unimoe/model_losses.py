@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_unimoe import UniMoEConfig, UniMoESparsityConfig
-from .router_losses import balance_and_z_losses, modality_divergence_loss, modality_expert_loss
+from .router_losses import balance_and_z_losses, modality_divergence_loss, modality_expert_loss, step_share
 
 COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "router_modality_loss_coef", "router_divergence_loss_coef")
 
@@ -45,6 +45,7 @@ def router_losses(
     outputs: ModelOutput,
     attention_mask: torch.Tensor | None,
     token_types: Callable[[], torch.Tensor],
+    sample_weight_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | float]:
     """The decoder's load-balancing loss, unweighted, and the weighted sum of all router losses of the model.
 
@@ -52,6 +53,8 @@ def router_losses(
         outputs: Of `UniMoEModel`, with router logits. A part without any (no image was given) adds nothing.
         attention_mask: Int [B, S] of the decoder's tokens, or None.
         token_types: Gives int [B, S], the modality of each of them; called only where a loss needs it.
+        sample_weight_B: Float [B], the part of an optimiser step that each sample is, where the step is computed in pieces;
+            the sum of losses is then what these samples add to it. None: the batch is the whole step.
     """
     num_samples, device = len(outputs.last_hidden_state), outputs.last_hidden_state.device
     aux_loss, total = None, 0.0
@@ -62,14 +65,20 @@ def router_losses(
         is_decoder = name == "router_logits"
         mask = attention_mask if is_decoder else None
         balance, z = balance_and_z_losses(sparsity, router_logits, num_samples, mask)
-        weighted = sparsity.router_aux_loss_coef * balance + sparsity.router_z_loss_coef * z
+        share = 1.0 if sample_weight_B is None else sample_weight_B.sum().to(balance.device)
         if is_decoder:
             aux_loss = balance
+        if is_decoder and sample_weight_B is not None:
+            balance, z = step_share(sparsity, router_logits, sample_weight_B, mask)
+        else:
+            balance, z = share * balance, share * z
+        weighted = sparsity.router_aux_loss_coef * balance + sparsity.router_z_loss_coef * z
+        if is_decoder:
             if sparsity.router_modality_loss_coef:
                 value = modality_expert_loss(router_logits, token_types(), sparsity.modality_experts)
-                weighted = weighted + sparsity.router_modality_loss_coef * value
+                weighted = weighted + share * sparsity.router_modality_loss_coef * value
             if sparsity.router_divergence_loss_coef:
                 value = modality_divergence_loss(router_logits, token_types())
-                weighted = weighted + sparsity.router_divergence_loss_coef * value
+                weighted = weighted + share * sparsity.router_divergence_loss_coef * value
         total = total + weighted.to(device)
     return aux_loss, total

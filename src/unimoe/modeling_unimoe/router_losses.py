@@ -12,7 +12,9 @@ from .modality_routing import TOKEN_TYPES
 
 
 def load_balancing_loss(
-    router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    router_logits: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    group_weight_G: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over layers of `E * sum_e(mean_t p_te * fraction of tokens whose first choice is e)`; 1 per layer if balanced.
 
@@ -23,6 +25,7 @@ def load_balancing_loss(
         router_logits: One tensor per sparse layer: [T, E], or [G, T, E] for a mean over G samples with statistics of their
             own. The number of experts may differ between layers.
         attention_mask: [B, S] with as many tokens, 1 for those that count; all count where it is None.
+        group_weight_G: [G] for a weighted sum over the samples instead of their mean.
 
     Returns:
         A scalar, float32.
@@ -36,11 +39,16 @@ def load_balancing_loss(
         first_choice_GTE = torch.nn.functional.one_hot(logits_GTE.argmax(dim=-1), num_experts).float()
         mean_probability_GE = (weight_GT1 * probabilities_GTE).sum(dim=1)
         first_choice_fraction_GE = (weight_GT1 * first_choice_GTE).sum(dim=1)
-        total = total + num_experts * (mean_probability_GE * first_choice_fraction_GE.detach()).sum(dim=-1).mean()
+        loss_G = num_experts * (mean_probability_GE * first_choice_fraction_GE.detach()).sum(dim=-1)
+        total = total + _over_groups(loss_G, group_weight_G)
     return total
 
 
-def router_z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def router_z_loss(
+    router_logits: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    group_weight_G: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum over layers of the mean squared logsumexp of the logits (ST-MoE, Zoph et al. 2022, equation 5).
 
     Arguments and result are those of [`load_balancing_loss`].
@@ -49,7 +57,8 @@ def router_z_loss(router_logits: Sequence[torch.Tensor], attention_mask: torch.T
     for logits in router_logits:
         logits_GTE = logits if logits.ndim == 3 else logits[None]
         weight_GT1 = _token_weights(logits_GTE, attention_mask)
-        total = total + (weight_GT1[..., 0] * logits_GTE.float().logsumexp(dim=-1).square()).sum(dim=1).mean()
+        loss_G = (weight_GT1[..., 0] * logits_GTE.float().logsumexp(dim=-1).square()).sum(dim=1)
+        total = total + _over_groups(loss_G, group_weight_G)
     return total
 
 
@@ -134,6 +143,39 @@ def balance_and_z_losses(
     mask = None if sparsity.router_loss_counts_padding else attention_mask
     scale = 1.0 / len(grouped) if sparsity.router_loss_reduction == "mean" else 1.0
     return scale * load_balancing_loss(grouped, mask), scale * router_z_loss(grouped, mask)
+
+
+def step_share(
+    sparsity: PreTrainedConfig,
+    router_logits: Sequence[torch.Tensor],
+    sample_weight_B: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What these samples add to the balance and z losses of an optimiser step that is computed piece by piece, unweighted.
+
+    Each sample counts with its weight, so the sum over the pieces does not depend on how the step is cut: always for the z
+    loss, which is a mean over tokens, and for the balance loss with `router_loss_scope="sample"`. With "batch" the balance
+    loss takes its statistics from the piece at hand, as the originals do, and counts with the sum of the weights.
+
+    Args:
+        router_logits: One tensor [T, E] per sparse layer of the decoder, sample after sample.
+        sample_weight_B: [B], the part of the step that each sample is.
+        attention_mask: [B, S]; see [`load_balancing_loss`].
+    """
+    flat = [logits.flatten(0, -2) for logits in router_logits]
+    by_sample = [logits.unflatten(0, (len(sample_weight_B), -1)) for logits in flat]
+    mask = None if sparsity.router_loss_counts_padding else attention_mask
+    weight_B = sample_weight_B.to(flat[0].device)
+    if sparsity.router_loss_scope == "sample":
+        balance = load_balancing_loss(by_sample, mask, weight_B)
+    else:
+        balance = load_balancing_loss(flat, mask) * weight_B.sum()
+    scale = 1.0 / len(flat) if sparsity.router_loss_reduction == "mean" else 1.0
+    return scale * balance, scale * router_z_loss(by_sample, mask, weight_B)
+
+
+def _over_groups(loss_G: torch.Tensor, weight_G: torch.Tensor | None) -> torch.Tensor:
+    return loss_G.mean() if weight_G is None else (loss_G * weight_G).sum()
 
 
 def _token_weights(logits_GTE: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

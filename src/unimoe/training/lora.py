@@ -17,7 +17,10 @@ from transformers import PreTrainedModel
 
 from .parts import CONNECTORS, TOWERS, part_of
 
-_PAIR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Parts of the sound towers' layers by the decoder's names for them.
+_LIKE_DECODER = {"attention": "self_attn", "feed_forward": "mlp", "fc1": "mlp", "fc2": "mlp"}
+_PREFIX = "base_model.model."
+_PAIR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight")
 
 
 def lora_config(
@@ -84,10 +87,8 @@ def _wanted_kind(name: str, wanted: dict[str, bool], language_model_only: bool) 
     in_tower = any(tower in fields for tower in TOWERS)
     if any(connector in fields for connector in CONNECTORS) or (in_tower and language_model_only):
         return None
-    # A tower's layers are named like the decoder's, BEATs' and Whisper's FFNs apart.
-    kind = part_of(".".join(field for field in fields if field not in TOWERS))
-    if kind == "rest" and in_tower and fields[-1] in ("fc1", "fc2"):
-        kind = "ffn"
+    # CLIP's layers are named like the decoder's, those of BEATs and Whisper nearly so.
+    kind = part_of(".".join(_LIKE_DECODER.get(field, field) for field in fields if field not in TOWERS))
     return kind if wanted.get(kind) else None
 
 
@@ -123,18 +124,19 @@ def check_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     wrong = []
     with safe_open(weights, "pt") as file:
         for key in file.keys():
-            found = _PAIR.fullmatch(key)
-            whole = key.removeprefix("base_model.model.")
-            shape = tuple(file.get_slice(key).get_shape())
-            if found is None:
-                if whole in shapes and shapes[whole] != shape:
-                    wrong.append(f"{whole} is {list(shapes[whole])}, not {list(shape)}")
-            elif f"{found[1]}.weight" in shapes:
-                out_features, in_features = shapes[f"{found[1]}.weight"]
-                if shape[1 if found[2] == "A" else 0] != (in_features if found[2] == "A" else out_features):
-                    wrong.append(f"{found[1]} is [{out_features}, {in_features}], its lora_{found[2]} {list(shape)}")
-            elif found[1].rsplit(".", 1)[-1] not in ("experts", "base_layer") and found[1] not in modules:
-                missing.append(found[1])
+            shape, whole, pair = (
+                tuple(file.get_slice(key).get_shape()),
+                key.removeprefix(_PREFIX),
+                _PAIR.fullmatch(key),
+            )
+            if pair is None and whole in shapes and shapes[whole] != shape:
+                wrong.append(f"{whole} is {list(shapes[whole])}, not {list(shape)}")
+            elif pair is not None and len(shapes.get(f"{pair[1]}.weight", ())) == 2:
+                # A is [rank, in], B is [out, rank].
+                side = 1 if pair[2] == "A" else 0
+                expected = shapes[f"{pair[1]}.weight"]
+                if shape[side] != expected[side]:
+                    wrong.append(f"{pair[1]} is {list(expected)}, its lora_{pair[2]} {list(shape)}")
     # Expert pairs of another number or width of experts.
     wrong += _wrong_experts(shapes, weights, config)
     if missing or wrong:
@@ -156,7 +158,7 @@ def _wrong_experts(shapes: dict[str, tuple], weights: Path, config: dict[str, An
             if name not in shapes or len(shapes[name]) != 3:
                 continue
             num_experts, out_features, in_features = shapes[name]
-            prefix = f"base_model.model.{name.rsplit('.', 1)[0]}"
+            prefix = f"{_PREFIX}{name.rsplit('.', 1)[0]}."
             found = {
                 (
                     tuple(file.get_slice(a).get_shape()),

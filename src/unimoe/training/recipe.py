@@ -23,6 +23,7 @@ _EXPERT_KEYS = (
     "connectors",
     "router_aux_loss_coef",
     "router_z_loss_coef",
+    "router_loss_scope",
     "router_dtype",
     "seed",
 )
@@ -44,7 +45,7 @@ class Recipe:
             `language_model_only`).
         experts: first make the decoder sparse: `from` (a dense checkpoint for each expert) or `copies` (that many of the
             model's own FFN), and `layers`, `top_k`, `connectors`, `router_aux_loss_coef`, `router_z_loss_coef`,
-            `router_dtype`, `seed` as for `assemble_experts`.
+            `router_loss_scope`, `router_dtype`, `seed` as for `assemble_experts`.
         eval_data: files to evaluate on, where the trainer's `eval_strategy` asks for it.
         media_root: folder that relative paths in the data start from; default: each data file's own.
         max_length: longest row in tokens; default: the processor's.

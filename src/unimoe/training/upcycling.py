@@ -61,6 +61,7 @@ def assemble_experts(
     connectors: Mapping[str, StrPath] | None = None,
     router_aux_loss_coef: float = 0.0,
     router_z_loss_coef: float = 0.0,
+    router_loss_scope: str = "batch",
     router_dtype: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | str = "auto",
@@ -76,8 +77,8 @@ def assemble_experts(
         layers: the layers that become sparse; the others keep the base's FFN.
         top_k: experts per token.
         connectors: `{"audio_connector": folder}`: connectors from other checkpoints than the base.
-        router_aux_loss_coef, router_z_loss_coef, router_dtype: of the new `text_sparsity`. Pre-tuned experts do not profit
-            from a balancing loss (table 5 of the paper), so it is off.
+        router_aux_loss_coef, router_z_loss_coef, router_loss_scope, router_dtype: of the new `text_sparsity`. Experts that
+            differ from the start do not profit from a balancing loss (table 5 of the paper), so it is off.
         seed: of the routers.
         dtype: of the model.
 
@@ -105,8 +106,9 @@ def assemble_experts(
         num_experts=len(experts),
         top_k=top_k,
         router_dtype=router_dtype,
-        router_aux_loss_coef=router_aux_loss_coef,
-        router_z_loss_coef=router_z_loss_coef,
+        router_aux_loss_coef=float(router_aux_loss_coef),
+        router_z_loss_coef=float(router_z_loss_coef),
+        router_loss_scope=router_loss_scope,
     )
     indices = sparsity.layer_indices(len(decoder.layers))
     dense = {index: copy.deepcopy(decoder.layers[index].mlp) for index in indices}
