@@ -7,6 +7,7 @@ import torch
 from training_records import RECORDS, turn
 from transformers import Trainer, TrainingArguments
 
+from unimoe import UniMoEForConditionalGeneration
 from unimoe.training.callbacks import MODALITIES, RouterMonitor, add_monitors
 from unimoe.training.collator import MultimodalCollator
 from unimoe.training.data import ConversationDataset
@@ -75,6 +76,16 @@ def test_tensorboard_and_bad_records(make_model, processor, data_file, tmp_path)
     tags = events.Tags()["scalars"]
     assert {"train/loss", "train/expert_load/text/0", "train/router_entropy/text", "train/data/truncated"} <= set(tags)
     assert events.Scalars("train/data/truncated")[0].value == 1
+
+
+def test_dropped_choices_are_counted(make_model, processor, dataset, tmp_path):
+    config = make_model().config
+    config.text_sparsity.capacity_factor = 0.5
+    model = UniMoEForConditionalGeneration(config)
+    trainer = ModalityTrainer(model, arguments(tmp_path), MultimodalCollator(processor), dataset)
+    trainer.train()
+    # Half as many places as choices, so at least half of them are dropped (padding takes places too).
+    assert all(0.4 < trainer.state.log_history[0][f"dropped/{layer}"] < 1 for layer in (0, 2))
 
 
 def test_a_dense_model_is_left_alone(make_model, processor, dataset, tmp_path):

@@ -19,9 +19,10 @@ class RouterMonitor(TrainerCallback):
 
     - `expert_load/<modality>/<e>`: share of the choices of the modality's tokens that went to expert e, mean over layers;
     - `router_entropy/<modality>`: mean entropy of the routers' distributions, as a part of the largest possible one;
-    - `expert_load_max/<layer>`: the largest share of one expert among all tokens of a layer (1 / E where balanced).
+    - `expert_load_max/<layer>`: the largest share of one expert among all tokens of a layer (1 / E where balanced);
+    - `dropped/<layer>`: share of the choices that an expert at its capacity dropped, where the model has capacities.
 
-    No token is ever dropped by these routers, so there is no such number. With several processes their counts are summed.
+    With several processes their counts are summed.
 
     Attributes:
         load: after a log, for each layer the choices [5 modalities, E] that it is made of.
@@ -36,6 +37,7 @@ class RouterMonitor(TrainerCallback):
         self._counts: dict[int, torch.Tensor] = {}
         self._entropies: dict[int, torch.Tensor] = {}
         self._tokens: dict[int, torch.Tensor] = {}
+        self._dropped: dict[int, torch.Tensor] = {}
         self._modality_T: torch.Tensor | None = None
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
@@ -51,9 +53,21 @@ class RouterMonitor(TrainerCallback):
             return
         self._layers = {layer: router.weight.shape[0] for layer, router in routers}
         self._device = routers[0][1].weight.device
+        limited = {
+            int(found[1]): module.experts
+            for name, module in model.named_modules()
+            if getattr(getattr(module, "capacity", None), "train_factor", None)
+            and (found := _LAYER.search(f"{name}."))
+        }
+        self._limited = sorted(limited)
         self._handles = [whole.register_forward_pre_hook(self._see_inputs, with_kwargs=True)]
         for layer, router in routers:
             self._handles.append(router.register_forward_hook(lambda m, i, out, layer=layer: self._see(m, out, layer)))
+
+        for layer, experts in limited.items():
+            self._handles.append(
+                experts.register_forward_pre_hook(lambda m, inputs, layer=layer: self._see_weights(inputs, layer))
+            )
 
     def _see_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -88,6 +102,16 @@ class RouterMonitor(TrainerCallback):
             (self._tokens, torch.bincount(modality_T, minlength=len(MODALITIES)).double()),
         ):
             store[layer] = store[layer] + value if layer in store else value
+
+    @torch.no_grad()
+    def _see_weights(self, inputs: tuple, layer: int) -> None:
+        weights_TK = inputs[2]
+        if self._modality_T is None or len(self._modality_T) != len(weights_TK):
+            return
+        # A dropped choice has no weight left.
+        zero_NK = weights_TK[self._modality_T >= 0] == 0
+        count = torch.stack([zero_NK.sum(), torch.tensor(zero_NK.numel(), device=zero_NK.device)]).double()
+        self._dropped[layer] = self._dropped[layer] + count if layer in self._dropped else count
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, float] | None = None, **kwargs):
         """Adds the numbers to the log and to the history of the run; loggers further down the list see them."""
@@ -129,6 +153,12 @@ class RouterMonitor(TrainerCallback):
                         shares.setdefault(f"expert_load/{name}/{expert}", []).append(share)
                     relative = float(entropy[number] / tokens[number]) / math.log(max(num_experts, 2))
                     shares.setdefault(f"router_entropy/{name}", []).append(relative)
+        for layer in self._limited:
+            dropped, choices = _sum_over_processes(
+                self._dropped.get(layer, torch.zeros(2, dtype=torch.double, device=self._device))
+            ).tolist()
+            if choices:
+                shares[f"dropped/{layer}"] = [dropped / choices]
         return {name: sum(values) / len(values) for name, values in shares.items()}
 
 
