@@ -5,7 +5,7 @@ and needs little memory beside it. [`SourceTensor`] is the plainest expression: 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -121,8 +121,13 @@ class LowRankUpdate(_Composite):
             )
 
     def write(self, out: torch.Tensor) -> None:
-        base, a, b = (evaluate(part, torch.float32) for part in self.parts)
-        out.copy_(base.addmm_(b, a, alpha=self.scale))
+        base, a, b = self.parts[0], *(evaluate(part, torch.float32) for part in self.parts[1:])
+        if isinstance(base, SourceTensor) and base.is_contiguous:
+            for start, rows in base.row_blocks():
+                end = start + len(rows)
+                out[start:end].copy_(torch.addmm(rows.float(), b[start:end], a, alpha=self.scale))
+        else:
+            out.copy_(evaluate(base, torch.float32).addmm_(b, a, alpha=self.scale))
 
 
 class Constant:
@@ -135,6 +140,15 @@ class Constant:
 
     def write(self, out: torch.Tensor) -> None:
         out.fill_(self.value)
+
+
+def pieces(expression: Expression) -> Iterator[Expression]:
+    """Expressions whose bytes, one after the other, are those of `expression`: a stack of experts need never be whole."""
+    if isinstance(expression, Stack | Reshape) or (isinstance(expression, Concatenate) and expression.dim == 0):
+        for part in expression.parts:
+            yield from pieces(part)
+    else:
+        yield expression
 
 
 def evaluate(expression: Expression, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ SAFETENSORS_DTYPES = {
 # What a checkpoint folder calls its weights, the preferred first.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_PATTERNS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+# Small enough for a processor's cache, large enough for the disk.
+BLOCK_BYTES = 4 << 20
 DAMAGED = "truncated or corrupt; download it again"
 
 
@@ -70,6 +72,10 @@ class SourceTensor:
     def sources(self) -> list["SourceTensor"]:
         return [self]
 
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride is None and self.loaded is None and 0 not in self.shape
+
     def read(self) -> torch.Tensor:
         """The tensor, with the memory of its own alone.
 
@@ -83,22 +89,54 @@ class SourceTensor:
         stride = self.stride or _contiguous(self.shape)
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, stride))
         flat = torch.empty(span, dtype=self.dtype)
-        buffer = memoryview(flat.view(torch.uint8).numpy())
+        for _ in self._fill([flat]):
+            pass
+        return flat.as_strided(self.shape, stride)
+
+    def row_blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
+        """A contiguous tensor, some rows at a time: the first row's number, and the rows, in memory that the next block reuses.
+
+        Raises:
+            ConversionError: As `read`; a checksum can only be verified behind the last block.
+        """
+        rows = self.shape[0] if self.shape else 1
+        row_shape = self.shape[1:]
+        row_bytes = max(math.prod(row_shape) * self.dtype.itemsize, 1)
+        step = min(max(block_bytes // row_bytes, 1), rows)
+        buffer = torch.empty(step, *row_shape, dtype=self.dtype)
+        starts = range(0, rows, step)
+        blocks = (buffer[: min(step, rows - start)] for start in starts)
+        yield from zip(starts, self._fill(blocks))
+
+    def _fill(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Hands out every block after it was filled with the next bytes of the tensor."""
+        crc32 = 0
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise ConversionError(f"{self.file}: the file ends inside tensor {self.name!r}: {DAMAGED}")
-                done += count
-        if self.crc32 is not None and zlib.crc32(buffer) != self.crc32:
+            for block in blocks:
+                buffer = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise ConversionError(f"{self.file}: the file ends inside tensor {self.name!r}: {DAMAGED}")
+                    done += count
+                if self.crc32 is not None:
+                    crc32 = zlib.crc32(buffer, crc32)
+                yield block
+        if self.crc32 is not None and crc32 != self.crc32:
             raise ConversionError(f"{self.file}: tensor {self.name!r} fails its checksum: {DAMAGED}")
-        return flat.as_strided(self.shape, stride)
 
     def write(self, out: torch.Tensor) -> None:
         """Copies the tensor into `out`, of the same shape, cast to its dtype."""
-        out.copy_(self.read())
+        if self.is_contiguous and out.is_contiguous() and out.dtype == self.dtype:
+            for _ in self._fill([out]):
+                pass
+        elif self.is_contiguous and self.shape:
+            for start, block in self.row_blocks():
+                out[start : start + len(block)].copy_(block)
+        else:
+            out.copy_(self.read())
 
 
 def read_weights(folder: Path, hint: str = "") -> dict[str, SourceTensor]:

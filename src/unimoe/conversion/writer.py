@@ -1,5 +1,5 @@
-"""Writes a planned checkpoint as safetensors shards, one tensor in memory at a time, into a folder that appears finished or
-not at all.
+"""Writes a planned checkpoint as safetensors shards, with a few matrices in memory at a time, into a folder that appears
+finished or not at all.
 """
 
 import contextlib
@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
 from .errors import ConversionError
-from .expressions import Expression, evaluate
+from .expressions import Expression, evaluate, pieces
 from .plan import format_bytes
 
 WEIGHTS_NAME = "model.safetensors"
@@ -145,12 +147,19 @@ def _write_shard(targets: Mapping[str, Expression], file: Path, dtype: torch.dty
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(target.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb", buffering=0) as out:
-        _write_all(out, len(text).to_bytes(8, "little") + text)
+    # One thread reads and computes, the other writes, at most two pieces behind.
+    with open(file, "wb", buffering=0) as out, ThreadPoolExecutor(max_workers=1) as writer:
+        pending = deque([writer.submit(_write_all, out, len(text).to_bytes(8, "little") + text)])
         for target in targets.values():
-            value = evaluate(target, dtype)
-            _write_all(out, memoryview(value.reshape(-1).view(torch.uint8).numpy()))
-            bar.update(value.nbytes)
+            for piece in pieces(target):
+                value = evaluate(piece, dtype)
+                while len(pending) >= 2:
+                    pending.popleft().result()
+                pending.append(writer.submit(_write_all, out, memoryview(value.reshape(-1).view(torch.uint8).numpy())))
+                bar.update(value.nbytes)
+                del value
+        while pending:
+            pending.popleft().result()
         # The rename that follows must not come to the disk before the data.
         os.fsync(out.fileno())
 
