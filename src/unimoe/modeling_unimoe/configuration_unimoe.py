@@ -483,7 +483,9 @@ class UniMoEConfig(PreTrainedConfig):
         differing = [
             name
             for name, value in plain.to_dict().items()
-            if name not in losses and getattr(told, name, value) != value and not name.startswith(("_", "transformers"))
+            if name not in losses
+            and getattr(told, name, value) != value
+            and not name.startswith(("_", "transformers"))
         ]
         if differing:
             raise ValueError(

@@ -9,7 +9,12 @@ from transformers.modeling_outputs import ModelOutput
 from .configuration_unimoe import UniMoEConfig, UniMoESparsityConfig
 from .router_losses import balance_and_z_losses, modality_divergence_loss, modality_expert_loss, step_share
 
-COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef", "router_modality_loss_coef", "router_divergence_loss_coef")
+COEFFICIENTS = (
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_modality_loss_coef",
+    "router_divergence_loss_coef",
+)
 
 
 def decoder_sparsity(config: UniMoEConfig) -> PreTrainedConfig | None:

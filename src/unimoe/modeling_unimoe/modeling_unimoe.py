@@ -4,13 +4,10 @@ Shape letters in docstrings: B batch, S text length with placeholders expanded, 
 chunks) of the whole batch in reading order, P tokens per image, Q tokens per sound chunk, F video frames, R image side.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.generation import LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
@@ -19,11 +16,13 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .beats import UniMoEAudioModel
 from .configuration_unimoe import MODALITIES, UniMoEConfig
-from .connectors import build_connector, init_connector_weights
+from .connectors import build_connector
+from .generation_unimoe import UniMoEGenerationMixin
 from .modality_routing import TokenTypes, set_router_options, token_types_of
 from .model_losses import has_router_losses, router_losses
+from .outputs_unimoe import UniMoECausalLMOutputWithPast, UniMoEModelOutputWithPast
+from .pretrained_unimoe import UniMoEPreTrainedModel
 from .qwen import build_decoder
-from .sparse_moe import init_sparse_moe_weights
 from .sparsify import sparsify
 from .vision_features import UniMoEVisionOutput, encode_images
 
@@ -34,120 +33,6 @@ MEDIA_INPUTS = {
     "audio": "input_values",
     "speech": "input_features",
 }
-
-
-@dataclass
-class UniMoEModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    Args:
-        router_logits (`tuple` of float [B * S, E], one per sparse decoder layer): With `output_router_logits=True`.
-        vision_router_logits, connector_router_logits (`tuple` of float [N, tokens, E]): Likewise, of a sparse vision tower and a
-            sparse connector; see [`UniMoEVisionOutput`]. One per pass through the connector.
-        image_hidden_states (float [N, P, H]), video_hidden_states (float [N, P, H]), audio_hidden_states (float [N, Q, H]),
-            speech_hidden_states (float [N, Q, H]): The embeddings that replaced the placeholders; None without such items.
-    """
-
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    vision_router_logits: tuple[torch.Tensor, ...] | None = None
-    connector_router_logits: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
-    speech_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class UniMoECausalLMOutputWithPast(ModelOutput):
-    r"""
-    Args:
-        loss (float scalar): Next-token cross entropy over labels other than -100, plus the weighted auxiliary losses.
-        logits (float [B, S or `logits_to_keep`, vocabulary]): Scores before softmax.
-        aux_loss (float scalar): The unweighted load-balancing loss, with `output_router_logits=True` or where the
-            configuration gives an auxiliary loss a weight.
-        past_key_values, hidden_states, attentions: As in every Transformers decoder.
-        router_logits and the `*_hidden_states` of the media: See [`UniMoEModelOutputWithPast`].
-    """
-
-    loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    vision_router_logits: tuple[torch.Tensor, ...] | None = None
-    connector_router_logits: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
-    audio_hidden_states: torch.Tensor | None = None
-    speech_hidden_states: torch.Tensor | None = None
-
-
-class UniMoEPreTrainedModel(PreTrainedModel):
-    config: UniMoEConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "video", "audio", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # Transformers decides this from the source text of this file, where no experts class stands.
-    _can_set_experts_implementation_cached_value = True
-    # Whether `from_pretrained` refuses a checkpoint that does not fill the model exactly.
-    strict_loading = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        init_connector_weights(module, std)
-        init_sparse_moe_weights(module, std)
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """As [`PreTrainedModel.save_pretrained`], but tensors keep this model's names unless the originals' are asked for.
-
-        (Transformers' default would write the towers and a Mixtral decoder under their pre-v5 names.)
-        """
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As [`PreTrainedModel.from_pretrained`], but a checkpoint must fill the model exactly.
-
-        Raises:
-            ValueError: Tensors are missing, left over or of another shape than the configuration gives them. Pass
-                `ignore_mismatched_sizes=True` to accept such a checkpoint as Transformers does.
-        """
-        lenient = kwargs.get("ignore_mismatched_sizes", False) or not cls.strict_loading
-        wants_info = kwargs.pop("output_loading_info", False)
-        if not lenient:
-            # Transformers' own refusal prints a table; ours names the tensors in one message with the other two kinds.
-            kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if not lenient:
-            _check_loading_info(pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
-
-
-def _check_loading_info(folder, info: dict):
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape than the config gives them": sorted(str(key[0]) for key in info["mismatched_keys"]),
-    }
-    found = []
-    for kind, names in problems.items():
-        if names:
-            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            found.append(f"{len(names)} tensors are {kind} ({', '.join(names[:3])}{rest})")
-    if found:
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} does not fill the model that its config describes: {'; '.join(found)}. Load a "
-            "complete checkpoint, or pass ignore_mismatched_sizes=True to start the rest from random weights."
-        )
 
 
 def _features(
@@ -520,22 +405,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         )
 
 
-class _WithoutPlaceholders(LogitsProcessorList):
-    """Shows logits processors ids that exist (repetition penalties index the scores by them) and keeps placeholders from
-    being generated."""
-
-    def __init__(self, processors: LogitsProcessorList, placeholder_ids: list[int]):
-        super().__init__(processors)
-        self.placeholder_ids = placeholder_ids
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
-        in_vocabulary = [token_id for token_id in self.placeholder_ids if token_id < scores.shape[-1]]
-        if in_vocabulary:
-            scores = scores.index_fill(-1, torch.tensor(in_vocabulary, device=scores.device), -torch.inf)
-        return super().__call__(input_ids.masked_fill(input_ids >= scores.shape[-1], 0), scores, **kwargs)
-
-
-class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixin):
     """A UniMoE model with its language-modelling head: text, image, video, audio and speech in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -671,42 +541,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             )
         return self.model.token_types(input_ids)
 
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs: dict, model_input_name, generation_config
-    ) -> dict:
-        # Every tower runs here, once, whatever the cache, the beams and the number of steps.
-        names = ("pixel_values", "pixel_values_videos", "video_frame_mask", "input_values", "input_values_mask")
-        media = {name: model_kwargs.pop(name, None) for name in (*names, "input_features")}
-        encoded = self.model.encode_media(**media)
-        if encoded:
-            model_kwargs["mm_encoder_outputs"] = {**(model_kwargs.get("mm_encoder_outputs") or {}), **encoded}
-        return model_kwargs
 
-    def _expand_multimodal_outputs(
-        self, input_ids, mm_encoder_output: dict, expand_size: int = 1, inputs_embeds: torch.Tensor | None = None
-    ) -> dict:
-        """Repeats each row's items, as a group, for each of its beams."""
-        if input_ids is not None and input_ids.numel() == 0:
-            input_ids = None
-        expanded = {}
-        for modality, output in mm_encoder_output.items():
-            features = output.pooler_output
-            mask = self.model.placeholder_mask(modality, input_ids, inputs_embeds)
-            counts = (mask.sum(dim=1) // features.shape[1]).tolist()
-            items = torch.arange(features.shape[0], device=features.device).split(counts)
-            order = torch.cat([row for row in items for _ in range(expand_size)])
-            expanded[modality] = BaseModelOutputWithPooling(pooler_output=features[order])
-        return expanded
-
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        placeholder_ids = [getattr(self.config, f"{modality}_token_id") for modality in self.config.input_modalities]
-        return _WithoutPlaceholders(processors, placeholder_ids) if placeholder_ids else processors
-
-
-def _parts_of_step(
-    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor | None:
+def _parts_of_step(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
     """[B], the part of the optimiser step that each row is, by predicted tokens; None where the batch is the whole step.
 
     `Trainer` divides the cross entropy by the tokens of the whole step and adds up its micro-batches, so a loss that is a

@@ -147,7 +147,7 @@ class UniMoEQwenModel(Qwen2Model):
         base = self.config.rope_parameters["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
         base_B = base.repeat_interleave(batch_size // len(base))
         exponents = torch.arange(0, head_dim, 2, device=base.device).float() / head_dim
-        inverse_frequencies = (base_B[:, None] ** -exponents)
+        inverse_frequencies = base_B[:, None] ** -exponents
         angles = positions_S.float()[None, :, None] * inverse_frequencies[:, None, :]
         angles = torch.cat([angles, angles], dim=-1)
         dtype = self.embed_tokens.weight.dtype

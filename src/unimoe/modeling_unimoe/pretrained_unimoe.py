@@ -1,0 +1,76 @@
+"""What all UniMoE models share: what Transformers may set on them, initial weights, saving and strict loading."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_unimoe import UniMoEConfig
+from .connectors import init_connector_weights
+from .sparse_moe import init_sparse_moe_weights
+
+
+class UniMoEPreTrainedModel(PreTrainedModel):
+    config: UniMoEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers decides this from the source text of this file, where no experts class stands.
+    _can_set_experts_implementation_cached_value = True
+    # Whether `from_pretrained` refuses a checkpoint that does not fill the model exactly.
+    strict_loading = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        init_connector_weights(module, std)
+        init_sparse_moe_weights(module, std)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As [`PreTrainedModel.save_pretrained`], but tensors keep this model's names unless the originals' are asked for.
+
+        (Transformers' default would write the towers and a Mixtral decoder under their pre-v5 names.)
+        """
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As [`PreTrainedModel.from_pretrained`], but a checkpoint must fill the model exactly.
+
+        Raises:
+            ValueError: Tensors are missing, left over or of another shape than the configuration gives them. Pass
+                `ignore_mismatched_sizes=True` to accept such a checkpoint as Transformers does.
+        """
+        lenient = kwargs.get("ignore_mismatched_sizes", False) or not cls.strict_loading
+        wants_info = kwargs.pop("output_loading_info", False)
+        if not lenient:
+            # Transformers' own refusal prints a table; ours names the tensors in one message with the other two kinds.
+            kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if not lenient:
+            _check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+
+def _check_loading_info(folder, info: dict):
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape than the config gives them": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    found = []
+    for kind, names in problems.items():
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found.append(f"{len(names)} tensors are {kind} ({', '.join(names[:3])}{rest})")
+    if found:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fill the model that its config describes: {'; '.join(found)}. Load a "
+            "complete checkpoint, or pass ignore_mismatched_sizes=True to start the rest from random weights."
+        )
