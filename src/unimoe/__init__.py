@@ -17,6 +17,7 @@ from .processing.media import MediaError
 from .processing.pipeline_unimoe import AnyToTextPipeline
 from .processing.processing_unimoe import UniMoEProcessor
 from .registration import register
+from .upcycling import upcycle
 
 __version__ = "0.1.0"
 
@@ -47,4 +48,5 @@ __all__ = [
     "register",
     "sparsify",
     "tiny_checkpoint",
+    "upcycle",
 ]

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, generate, info, train
+from .commands import convert, generate, info, train, upcycle
 
-COMMANDS = (generate, convert, train, info)
+COMMANDS = (generate, convert, upcycle, train, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
