@@ -45,7 +45,8 @@ def main() -> int:
     answers = []
     for entry in questions:
         asked = time.perf_counter()
-        answer = pipe(conversation(entry), max_new_tokens=LONGEST_ANSWER, return_full_text=False)[0]["generated_text"].strip()
+        result = pipe(conversation(entry), max_new_tokens=LONGEST_ANSWER, return_full_text=False)
+        answer = result[0]["generated_text"].strip()
         seconds = time.perf_counter() - asked
         files = " + ".join(file["name"] for file in entry["files"])
         mark = "" if answer == entry["answer"] else "  <- WRONG"
