@@ -334,7 +334,7 @@ def test_prompt(loaded, template, kind):
     facts = read_json("text_cases.json")["prompts"][template]
     body = facts[kind].split("<</SYS>>\n\n")[-1].removeprefix("<s>[INST] ")
     turns = []
-    for i, part in enumerate(body.split("</s>[INST] ")):
+    for part in body.split("</s>[INST] "):
         question, answer = part.split(" [/INST]")
         turns.append({"from": "human", "value": question})
         if answer:

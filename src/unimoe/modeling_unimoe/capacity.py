@@ -51,6 +51,7 @@ class ExpertCapacity:
         train_factor, eval_factor: capacity factors in training and in evaluation; None: no limit.
         minimum: the least capacity.
         random_selection: whether chance decides who finds room, in training and evaluation alike, instead of the order.
+        norm_topk_prob: whether the weights of a token's choices sum to one, and those that are left shall again.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ExpertCapacity:
         eval_factor: float | None,
         minimum: int = 0,
         random_selection: bool = False,
+        norm_topk_prob: bool = True,
     ):
         self.num_experts = num_experts
         self.top_k = top_k
@@ -68,6 +70,7 @@ class ExpertCapacity:
         self.eval_factor = eval_factor
         self.minimum = minimum
         self.random_selection = random_selection
+        self.norm_topk_prob = norm_topk_prob
 
     def limits(self, training: bool) -> bool:
         """Whether any token can be turned away: none can where an expert has room for all."""
@@ -78,10 +81,8 @@ class ExpertCapacity:
         """Float32 [T], random; None where the order of tokens decides."""
         return torch.rand(len(index_TK), device=index_TK.device) if self.random_selection else None
 
-    def apply(
-        self, weights_TK: torch.Tensor, index_TK: torch.Tensor, normalised: bool, training: bool
-    ) -> torch.Tensor:
-        """The weights [T, K] with those of dropped choices at zero; the rest sum to one again if they did before.
+    def apply(self, weights_TK: torch.Tensor, index_TK: torch.Tensor, training: bool) -> torch.Tensor:
+        """The weights [T, K] with those of dropped choices at zero; with `norm_topk_prob` the rest sum to one again.
 
         A token whose every choice is dropped gets zeros: only the residual path around the block remains of it.
         """
@@ -91,6 +92,6 @@ class ExpertCapacity:
         capacity = expert_capacity(len(index_TK), self.num_experts, self.top_k, factor, self.minimum)
         kept_TK = keep_within_capacity(index_TK, self.num_experts, capacity, self.sample_priority(index_TK))
         weights_TK = weights_TK * kept_TK
-        if not normalised:
+        if not self.norm_topk_prob:
             return weights_TK
         return weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)

@@ -108,7 +108,13 @@ class UniMoESparseMoeBlock(nn.Module):
         kind = {"gated": gated, "bias": bias, "output_size": output_size, "hidden_act": hidden_act}
         self.experts = make_experts(config, hidden_size, intermediate_size, num_experts, **kind)
         self.capacity = ExpertCapacity(
-            num_experts, top_k, capacity_factor, eval_capacity_factor, min_capacity, random_token_selection
+            num_experts,
+            top_k,
+            capacity_factor,
+            eval_capacity_factor,
+            min_capacity,
+            random_token_selection,
+            norm_topk_prob,
         )
         self.residual = UniMoEResidualMlp(config, hidden_size, intermediate_size, **kind) if residual else None
         # Kept here as well: an adapter may wrap the experts and hide their attributes.
@@ -120,7 +126,7 @@ class UniMoESparseMoeBlock(nn.Module):
         """Hidden states [..., H] to [..., O], in the same dtype. No tokens at all is fine."""
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK = self.gate(hidden_states_TH)
-        weights_TK = self.capacity.apply(weights_TK, index_TK, self.gate.norm_topk_prob, self.training)
+        weights_TK = self.capacity.apply(weights_TK, index_TK, self.training)
         output_TO = self.experts(hidden_states_TH, index_TK, weights_TK)
         if self.residual is not None:
             output_TO = self.residual(hidden_states_TH, output_TO)
