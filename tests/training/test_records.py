@@ -55,6 +55,7 @@ BAD = {
     "missing file": ({"image": "absent.png", "conversations": turn("<image>", "x")}, "absent.png"),
     "no item": ({"conversations": turn("<image>", "x")}, "0 items under 'image' for 1 <image>"),
     "surplus": ({"image": ["image0.png"] * 2, "conversations": turn("<image>", "x")}, "2 items"),
+    "other sound": ({"speech": "speech.wav", "conversations": turn("<audio>", "x")}, "0 items under 'audio'"),
     "voices": ({"voice": ["audio.wav"], "conversations": turn("x", "x")}, "voice"),
     "chat item": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
@@ -79,6 +80,16 @@ def test_every_bad_record_is_named(processor, data_file):
 def test_many_bad_records_are_all_named(processor, data_file):
     with pytest.raises(DataError, match="; and 20, 21, 22, 23, 24"):
         read_records(data_file([{}] * 25), processor)
+
+
+def test_one_sound_tower_takes_sounds_by_any_name(data_file):
+    records = [
+        {key: "audio.wav", "conversations": turn(f"<{tag}>", "x")}
+        for key in ("audio", "speech", "voice")
+        for tag in ("audio", "speech")
+    ]
+    found = read_records(data_file(records), tiny_processor(("image", "speech")))
+    assert [list(record.media) for record in found] == [["audio"], ["speech"]] * 3
 
 
 def test_a_kind_without_a_tower(data_file):

@@ -61,7 +61,7 @@ def test_three_stages(model_folder, data_file, write_recipe, tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    assert "attention                     11,904          frozen" in printed and "memory without" in printed
+    assert "attention                      9,216          frozen" in printed and "memory without" in printed
     stage1 = tmp_path / "one" / "model"
     # A connector is trained by the data that goes through it.
     assert changed_parts(base, stage1) <= CONNECTORS and len(changed_parts(base, stage1)) >= 1

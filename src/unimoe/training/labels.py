@@ -56,10 +56,10 @@ def check_processor(processor: Any) -> None:
 def encode(processor: Any, record: Record, max_length: int | None = None) -> Sample:
     """Renders the official prompt, decodes the media and marks the answers.
 
-    An answer's tokens are labelled from the first behind "ASSISTANT:" to its `</s>`, as the originals do. Theirs are all
-    ignored in some cases, which is a fault of their counting and is not imitated: where the counted tokens of the rounds
-    differ from those of the whole (several turns and a tokenizer with `legacy=False`), and where a video's placeholder
-    stays plain text.
+    An answer's tokens are labelled from the first behind "ASSISTANT:" to its `</s>`, as the originals do. Two faults
+    of theirs are not imitated: all labels of a sample ignored where the counted tokens of its rounds differ from those of the
+    whole (several turns and a tokenizer with `legacy=False`), and the placeholder of a video left as plain text where it is the
+    only medium.
 
     Args:
         processor: a `UniMoEProcessor`.

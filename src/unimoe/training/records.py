@@ -167,7 +167,7 @@ def _read_llava(entry: dict[str, Any], processor: Any, root: Path) -> tuple[list
     tokens = {token: kind for kind, token in processor.placeholders.items()}
     text = " ".join(message["content"] for message in messages)
     kinds = [tokens[found] for found in re.findall("|".join(map(re.escape, tokens)), text)]
-    return messages, _match_media(_given_media(entry, root), kinds, processor.placeholders)
+    return messages, _match_media(_given_media(entry, root), kinds, processor)
 
 
 def _given_media(entry: dict[str, Any], root: Path) -> dict[str, list[Any]]:
@@ -182,26 +182,29 @@ def _given_media(entry: dict[str, Any], root: Path) -> dict[str, list[Any]]:
     return given
 
 
-def _match_media(given: dict[str, list[Any]], kinds: list[str], placeholders: dict[str, str]) -> dict[str, list[Any]]:
-    """The items of each kind, those under "voice" handed to the placeholders of sounds in reading order."""
+def _match_media(given: dict[str, list[Any]], kinds: list[str], processor: Any) -> dict[str, list[Any]]:
+    """The items of each kind, those under "voice" handed to the placeholders of sounds in reading order.
+
+    So are those of a model with one sound tower, which takes both kinds alike, if they stand under one key.
+    """
     media = {kind: list(given.get(kind, [])) for kind in ARGUMENTS}
-    voices = list(given.get("voice", []))
+    voices, key = list(given.get("voice", [])), "voice"
+    sounds = [kind for kind in SOUNDS if media[kind]]
+    if voices and sounds:
+        raise ValueError("gives sounds under 'voice' and under 'audio' or 'speech'; keep one of them")
+    if len(sounds) == 1 and len(set(SOUNDS) & set(processor.towers)) == 1:
+        key = sounds[0]
+        voices, media[key] = media[key], []
     if voices:
-        if media["audio"] or media["speech"]:
-            raise ValueError("gives sounds under 'voice' and under 'audio' or 'speech'; keep one of them")
         asked = [kind for kind in kinds if kind in SOUNDS]
         if len(asked) != len(voices):
-            raise ValueError(f"'voice' holds {len(voices)} items for {len(asked)} <audio> and <speech> in the text")
+            raise ValueError(f"{len(voices)} items under {key!r} for {len(asked)} <audio> and <speech> in the text")
         for kind, item in zip(asked, voices):
             media[kind].append(item)
     for kind, items in media.items():
         if len(items) != kinds.count(kind):
-            # A sound under the other name is the processor's to judge: a model with one sound tower takes both alike.
-            if kind in SOUNDS and sum(len(media[k]) for k in SOUNDS) == sum(kinds.count(k) for k in SOUNDS):
-                continue
-            raise ValueError(
-                f"{len(items)} items under {kind!r} for {kinds.count(kind)} {placeholders[kind]} in the text"
-            )
+            token = processor.placeholders[kind]
+            raise ValueError(f"{len(items)} items under {kind!r} for {kinds.count(kind)} {token} in the text")
     return {kind: items for kind, items in media.items() if items}
 
 

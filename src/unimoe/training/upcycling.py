@@ -84,7 +84,7 @@ def assemble_experts(
 
     Raises:
         ValueError: a folder is not whole or does not fit the base, the base is sparse already, or an argument is out of
-            range. All folders are checked before any weights are read.
+            range. Names and shapes of all folders are compared before any weights are read.
     """
     if len(experts) < 2:
         raise ValueError(f"experts: a sparse layer needs at least two, got {len(experts)}")
@@ -92,11 +92,13 @@ def assemble_experts(
         str(folder): Checkpoint(folder) for folder in dict.fromkeys([base, *experts, *(connectors or {}).values()])
     }
     reference = sources[str(base)]
-    for folder, checkpoint in sources.items():
-        _check_fits(reference, checkpoint, with_ffn=folder in map(str, experts))
+    for checkpoint in sources.values():
+        _check_fits(reference, checkpoint)
     for name in connectors or {}:
         if name not in CONNECTORS:
             raise ValueError(f"connectors: {name!r} is unknown; they are {', '.join(CONNECTORS)}")
+    for folder in dict.fromkeys(map(str, experts)):
+        _warn_of_lost_tuning(reference, sources[folder])
     model = UniMoEForConditionalGeneration.from_pretrained(base, dtype=dtype)
     if model.config.text_sparsity is not None:
         raise ValueError(f"{base}: the base is sparse already; give a dense checkpoint")
@@ -139,10 +141,8 @@ def _fill(experts: nn.Module, expert: int, mlp: nn.Module, source: Checkpoint, l
         experts.down_proj_bias[expert] = dense.down.bias
 
 
-def _check_fits(base: Checkpoint, other: Checkpoint, with_ffn: bool) -> None:
-    """Raises ValueError where a checkpoint's tensors are not those of the base; warns where it has tuned more than these."""
-    if other.folder == base.folder:
-        return
+def _check_fits(base: Checkpoint, other: Checkpoint) -> None:
+    """Raises ValueError where a checkpoint's tensors have not the names and shapes of the base's."""
     absent = sorted(base.names() - other.names())
     surplus = sorted(other.names() - base.names())
     reshaped = [name for name in sorted(base.names() & other.names()) if base.shape(name) != other.shape(name)]
@@ -153,14 +153,20 @@ def _check_fits(base: Checkpoint, other: Checkpoint, with_ffn: bool) -> None:
         else:
             reason = f"no {absent[0]} there" if absent else f"{surplus[0]}, which the base has not"
         raise ValueError(f"{other.folder}: does not match the base {base.folder}: {reason}")
-    if with_ffn:
-        lost = [
-            name
-            for name in base.names()
-            if part_of(name) in ("attention", "rest") and not torch.equal(base.read(name), other.read(name))
-        ]
-        if lost:
-            logger.warning(
-                f"{other.folder}: {len(lost)} tensors outside FFNs and connectors differ from the base's ({sorted(lost)[0]}, "
-                "...); only its FFNs become an expert"
-            )
+
+
+def _warn_of_lost_tuning(base: Checkpoint, expert: Checkpoint) -> None:
+    """Says so where a checkpoint was tuned beyond what an expert can carry over."""
+    if expert.folder == base.folder:
+        return
+    lost = []
+    for name in sorted(base.names()):
+        if part_of(name) in ("attention", "rest"):
+            before, after = base.read(name), expert.read(name)
+            if not torch.equal(before, after.to(before.dtype)):
+                lost.append(name)
+    if lost:
+        logger.warning(
+            f"{expert.folder}: {len(lost)} tensors outside FFNs and connectors differ from the base's ({lost[0]}, ...); "
+            "only its FFNs become an expert"
+        )
