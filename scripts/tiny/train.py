@@ -1,8 +1,8 @@
 """Trains the tiny checkpoint from nothing: `python -m scripts.tiny.train`.
 
-Two phases, both of all questions and all weights. Nearly all of Whisper's 30 s window is silence here, and attention
-over it would cost more than everything else together. So the first phase shows the speech tower a window of four
-seconds, and the second gets it used to the whole window.
+Three phases. First the towers and connectors learn to tell items apart (`towers.py`); then the whole model learns to answer
+all questions; both with a short window of speech, since nearly all of Whisper's 30 s window is silence here and attention
+over it would cost more than everything else together. The last phase gets the speech tower used to the whole window.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from .architecture import build_config, build_processor
 from .banks import load_banks
 from .questions import MODALITIES
 from .tokenizer import build_tokenizer
+from .towers import ItemCollator, ItemDataset, TowerClassifier, Watch
 from .training_data import Collator, QuestionDataset
 
 # What the model returns beside loss and logits; the watching need not gather it.
 OTHER_OUTPUTS = ["past_key_values", "aux_loss", *(f"{kind}_hidden_states" for kind in CONTENT_TYPES)]
 # Items per kind that the training questions are drawn from.
 BANK_SIZES = {
-    "scene": 8000,
-    "digit": 8000,
-    "shape_video": 2500,
-    "digit_video": 1500,
+    "scene": 6000,
+    "digit": 6000,
+    "shape_video": 1600,
+    "digit_video": 600,
     "event": 5000,
     "word": 8000,
     "spoken_question": 1600,
@@ -56,9 +57,13 @@ class Phase:
     speech_frames: int | None
 
 
+TOWERS = {
+    "vision": Phase(steps=2900, batch_size=32, learning_rate=1e-3, warmup_steps=150, speech_frames=320),
+    "sound": Phase(steps=1150, batch_size=64, learning_rate=1.5e-3, warmup_steps=100, speech_frames=320),
+}
 PHASES = (
-    Phase(steps=1500, batch_size=48, learning_rate=1e-3, warmup_steps=100, speech_frames=400),
-    Phase(steps=200, batch_size=48, learning_rate=3e-4, warmup_steps=20, speech_frames=None),
+    Phase(steps=600, batch_size=48, learning_rate=1e-3, warmup_steps=50, speech_frames=320),
+    Phase(steps=50, batch_size=48, learning_rate=3e-4, warmup_steps=5, speech_frames=None),
 )
 
 
@@ -90,6 +95,66 @@ def exact_match(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.all(axis=1).mean())}
 
 
+@contextmanager
+def without_unread_layers(model: unimoe.UniMoEForConditionalGeneration) -> Iterator[None]:
+    """Leaves out the vision layers behind the one whose features the model takes."""
+    tower, config = model.model.vision_tower, model.config
+    layers, feature_layer = tower.encoder.layers, config.vision_feature_layer
+    tower.encoder.layers = layers[: feature_layer + 1]
+    config.vision_config.num_hidden_layers, config.vision_feature_layer = len(tower.encoder.layers), -1
+    try:
+        yield
+    finally:
+        tower.encoder.layers = layers
+        config.vision_config.num_hidden_layers, config.vision_feature_layer = len(layers), feature_layer
+
+
+def training_arguments(args: argparse.Namespace, phase: Phase, steps: int, **kwargs) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.cache / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=phase.batch_size,
+        learning_rate=phase.learning_rate,
+        warmup_steps=phase.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        seed=args.seed,
+        use_cpu=True,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **kwargs,
+    )
+
+
+def train_towers(args: argparse.Namespace, group: str, model, processor, banks: dict, watched: dict) -> None:
+    """Trains the towers of a group, or takes them from the cache."""
+    prefixes = {"vision": ("vision_",), "sound": ("audio_", "speech_")}[group]
+    stored = args.cache / f"towers-{group}-{args.seed}-{args.fraction}.pt"
+    if stored.exists():
+        model.model.load_state_dict(torch.load(stored, weights_only=True), strict=False)
+        return
+    phase = TOWERS[group]
+    steps = max(round(phase.steps * args.fraction), 2)
+    with speech_window(model, phase.speech_frames), without_unread_layers(model):
+        classifier = TowerClassifier(model.model, group)
+        collator = ItemCollator(processor, phase.speech_frames)
+        trainer = Trainer(
+            model=classifier,
+            args=training_arguments(args, phase, steps),
+            train_dataset=ItemDataset(banks, group, steps * phase.batch_size, seed=args.seed + 100),
+            data_collator=collator,
+            callbacks=[Watch(classifier, watched, collator, every=400)],
+        )
+        trainer.train()
+    trained = {name: value for name, value in model.model.state_dict().items() if name.startswith(prefixes)}
+    torch.save(trained, stored)
+
+
 def train(args: argparse.Namespace) -> None:
     started = time.time()
     set_seed(args.seed)
@@ -105,31 +170,23 @@ def train(args: argparse.Namespace) -> None:
     )
     held_out = {name: QuestionDataset(watched, WATCHED_QUESTIONS, args.seed, (name,)) for name in MODALITIES}
     print(f"items ready after {time.time() - started:.0f} s")
+    for group in [args.towers] if args.towers else TOWERS:
+        train_towers(args, group, model, processor, banks, watched)
+        print(f"{group} towers trained after {time.time() - started:.0f} s")
+    if args.towers:
+        return
     for number, phase in enumerate(PHASES):
         steps = max(round(phase.steps * args.fraction), 2)
         dataset = QuestionDataset(banks, steps * phase.batch_size, seed=args.seed + 1 + number)
-        arguments = TrainingArguments(
-            output_dir=str(args.cache / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=phase.batch_size,
-            learning_rate=phase.learning_rate,
-            warmup_steps=phase.warmup_steps,
-            lr_scheduler_type="cosine",
-            weight_decay=0.05,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
-            seed=args.seed,
-            use_cpu=True,
-            logging_steps=50,
+        arguments = training_arguments(
+            args,
+            phase,
+            steps,
             eval_strategy="steps",
-            eval_steps=250,
+            eval_steps=200,
             per_device_eval_batch_size=phase.batch_size,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
         )
-        with speech_window(model, phase.speech_frames):
+        with speech_window(model, phase.speech_frames), without_unread_layers(model):
             collator = Collator(processor, phase.speech_frames)
             trainer = Trainer(
                 model=model,
@@ -158,6 +215,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path("build/tiny/cache"), help="keeps what was made; empty it to make anew"
     )
+    parser.add_argument("--towers", choices=TOWERS, help="train these towers only, and keep them in the cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that make the items")

@@ -19,8 +19,8 @@ COLOURS = {
     "black": ((24, 24, 26), (0, 0, 0)),
     "white": ((245, 245, 240), (255, 255, 255)),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-MAX_COUNT = 5
+SHAPES = ("circle", "square", "triangle", "star")
+MAX_COUNT = 4
 # Neutral backgrounds only, so that "what colour is it" can mean nothing but the shapes.
 BACKGROUNDS = (
     *((255, 255, 255), (236, 234, 228), (205, 208, 212), (158, 160, 164)),
@@ -61,22 +61,12 @@ def _draw_shape(
     radius: float,
     turn: float,
     ink: tuple[int, int, int],
-    paper: tuple[int, int, int],
 ) -> None:
     x, y = centre
-    if shape in ("circle", "ring"):
+    if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
-        if shape == "ring":
-            hole = 0.58 * radius
-            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=paper)
         return
-    if shape == "cross":
-        arm, rest = radius, 0.36 * radius
-        corners = [(rest, arm), (rest, rest), (arm, rest), (arm, -rest), (rest, -rest), (rest, -arm)]
-        outline = corners + [(-a, -b) for a, b in corners]
-        cosine, sine = math.cos(turn), math.sin(turn)
-        points = [(a * cosine - b * sine, a * sine + b * cosine) for a, b in outline]
-    elif shape == "square":
+    if shape == "square":
         points = _regular_polygon(4, turn + math.pi / 4, (1.15 * radius,))
     elif shape == "triangle":
         points = _regular_polygon(3, turn, (1.15 * radius,))
@@ -86,18 +76,10 @@ def _draw_shape(
 
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """`count` circles (x, y, radius) in the unit square that do not touch each other."""
-    largest = {1: 0.38, 2: 0.20, 3: 0.17, 4: 0.15, 5: 0.135}[count]
-    while True:
-        placed: list[tuple[float, float, float]] = []
-        for _ in range(200):
-            radius = rng.uniform(0.68 if count > 1 else 0.45, 1.0) * largest
-            margin = 1.2 * radius
-            x, y = rng.uniform(margin, 1 - margin, 2)
-            if all(math.hypot(x - a, y - b) > 1.22 * (radius + r) for a, b, r in placed):
-                placed.append((x, y, radius))
-            if len(placed) == count:
-                return placed
+    """`count` circles (x, y, radius) in the unit square, each somewhere in a quarter of its own."""
+    quarters = rng.permutation(4)[:count]
+    centres = np.stack([quarters % 2, quarters // 2], axis=1) / 2 + 0.25 + rng.uniform(-0.05, 0.05, (count, 2))
+    return [(x, y, rng.uniform(0.12, 0.165)) for x, y in centres]
 
 
 def scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Image.Image:
@@ -107,7 +89,7 @@ def scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Imag
     image = Image.new("RGB", (CANVAS, CANVAS), paper)
     draw = ImageDraw.Draw(image)
     for x, y, radius in _places(rng, count):
-        _draw_shape(draw, shape, (x * CANVAS, y * CANVAS), radius * CANVAS, rng.uniform(-0.3, 0.3), ink, paper)
+        _draw_shape(draw, shape, (x * CANVAS, y * CANVAS), radius * CANVAS, rng.uniform(-0.3, 0.3), ink)
     return _finish(rng, image)
 
 
@@ -134,22 +116,25 @@ def digit_layer(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.Im
     images, targets = _digit_bank(held_out)
     row = int(rng.integers(len(targets)))
     # At a quarter more than the canvas the margin is outside, as in a plain enlargement of the original.
-    size = int(rng.uniform(0.75, 1.25) * CANVAS)
-    method = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST)[rng.integers(3)]
-    stroke = Image.fromarray((images[row] * 255).astype(np.uint8)).resize((size, size), method)
-    stroke = stroke.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
+    size = int(rng.uniform(1.1, 1.25) * CANVAS)
+    stroke = Image.fromarray((images[row] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    stroke = stroke.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC)
     mask = Image.new("L", (CANVAS, CANVAS))
     slack = CANVAS - size
-    mask.paste(stroke, tuple(int(v) for v in rng.uniform(0, 1, 2) * slack))
+    mask.paste(stroke, tuple(int(v) for v in rng.uniform(0.35, 0.65, 2) * slack))
     return int(targets[row]), mask
+
+
+def _digit_colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Ink and paper as people write with."""
+    return _ink(rng, ("black", "blue")[rng.integers(2)]), BACKGROUNDS[rng.integers(3)]
 
 
 def digit_picture(rng: np.random.Generator, held_out: bool) -> tuple[int, Image.Image]:
     """A handwritten digit in some ink on some paper: (digit, RGB image)."""
     digit, mask = digit_layer(rng, held_out)
-    colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    ink = _ink(rng, colour)
-    image = Image.new("RGB", mask.size, _background(rng, ink))
+    ink, paper = _digit_colours(rng)
+    image = Image.new("RGB", mask.size, paper)
     image.paste(ink, mask=mask)
     return digit, _finish(rng, image)
 
@@ -158,7 +143,7 @@ def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, 
     """One shape that stays where it is, or crosses a good part of the picture on a straight line."""
     ink = _ink(rng, colour)
     paper = _background(rng, ink)
-    radius = rng.uniform(0.13, 0.24)
+    radius = rng.uniform(0.14, 0.2)
     margin = 1.2 * radius
     start, end = rng.uniform(margin, 1 - margin, (2, 2))
     while moves and math.dist(start, end) < 0.4:
@@ -170,7 +155,7 @@ def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, 
     for step in np.linspace(0, 1, frames):
         image = Image.new("RGB", (CANVAS, CANVAS), paper)
         x, y = start + step * (end - start)
-        _draw_shape(ImageDraw.Draw(image), shape, (x * CANVAS, y * CANVAS), radius * CANVAS, turn, ink, paper)
+        _draw_shape(ImageDraw.Draw(image), shape, (x * CANVAS, y * CANVAS), radius * CANVAS, turn, ink)
         video.append(_finish(rng, image))
     return video
 
@@ -178,13 +163,11 @@ def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, 
 def digit_video(rng: np.random.Generator, held_out: bool, frames: int) -> tuple[int, list[Image.Image]]:
     """A handwritten digit held by a slightly unsteady hand."""
     digit, mask = digit_layer(rng, held_out)
-    colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    ink = _ink(rng, colour)
-    paper = _background(rng, ink)
+    ink, paper = _digit_colours(rng)
     video = []
     for _ in range(frames):
         image = Image.new("RGB", mask.size, paper)
-        shift = tuple(int(v) for v in rng.integers(-12, 13, 2))
+        shift = tuple(int(v) for v in rng.integers(-6, 7, 2))
         moved = Image.new("L", mask.size)
         moved.paste(mask, shift)
         image.paste(ink, mask=moved)
