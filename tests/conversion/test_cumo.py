@@ -436,3 +436,57 @@ def test_training_losses_and_gradients(loaded, decoder, case):
     for name in facts["no_grad"]:
         gradient = our_gradient(model, name)
         assert gradient is None or not gradient.any(), name
+
+
+@pytest.mark.parametrize("decoder", FINAL)
+def test_saved_again(loaded, tmp_path, decoder):
+    model = loaded(decoder)[0]
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config.text_sparsity is None if decoder == "mistral" else again.config.text_sparsity.num_experts
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "moe_llava_phi", "scales": None, "mm_image_tower": "x"}, "unimoe convert moe-llava"),
+        ({"mm_audio_tower": "x", "scales": None}, "unimoe convert uni-moe"),
+        ({"mm_hidden_size": 1024}, "of width 1024"),
+        ({"scales": [1, 1.5]}, "scales"),
+        ({"num_experts": 3}, "of another shape than"),
+    ],
+)
+def test_refusals(tmp_path, capsys, change, words):
+    """One line that names the input, and nothing is left behind."""
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "output"
+    checkpoint.mkdir()
+    source = SET / FINAL["mistral"]
+    for file in source.iterdir():
+        (checkpoint / file.name).symlink_to(file)
+    config = {**read_json(f"{FINAL['mistral']}/config.json"), **change}
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    tower = SET / read_json(f"{FINAL['mistral']}/config.json")["mm_vision_tower"]
+    from unimoe.cli import main
+
+    args = ["convert", "cumo", "--checkpoint", str(checkpoint), "--vision-tower", str(tower), "--output", str(output)]
+    assert main(args) == 1
+    assert words.replace("of another shape than", "another shape") in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_dry_run_card_and_default_dtype(tmp_path, capsys):
+    from unimoe.cli import main
+
+    source, output = SET / FINAL["mixtral"], tmp_path / "output"
+    tower = SET / json.loads((source / "config.json").read_text())["mm_vision_tower"]
+    args = ["convert", "cumo", "--checkpoint", str(source), "--vision-tower", str(tower), "--output", str(output)]
+    assert main([*args, "--dry-run"]) == 0
+    assert "reads:" in capsys.readouterr().out
+    assert not output.exists()
+    assert main(args) == 0
+    card = (output / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and "CC BY-NC 4.0" in card
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"

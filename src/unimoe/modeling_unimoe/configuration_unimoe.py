@@ -479,14 +479,8 @@ class UniMoEConfig(PreTrainedConfig):
         """A decoder with experts of its own is what it is: `text_sparsity` may only add losses to it."""
         told, text = self.text_sparsity, self.text_config
         plain = UniMoESparsityConfig(layers="all", num_experts=text.num_local_experts, top_k=text.num_experts_per_tok)
-        losses = {name for name in told.to_dict() if "loss" in name}
-        differing = [
-            name
-            for name, value in plain.to_dict().items()
-            if name not in losses
-            and getattr(told, name, value) != value
-            and not name.startswith(("_", "transformers"))
-        ]
+        fields = [name for name in UniMoESparsityConfig.__annotations__ if "loss" not in name]
+        differing = [name for name in fields if getattr(told, name) != getattr(plain, name)]
         if differing:
             raise ValueError(
                 f"`text_sparsity` is set, but `text_config` ({text.model_type!r}) has experts of its own; it may only weigh "
