@@ -106,6 +106,18 @@ def test_moe_tuning_of_moe_llava(model_folder, data_file, write_recipe, tmp_path
     assert any(key.startswith("expert_load/") for key in state["log_history"][0])
 
 
+def test_third_stage_of_cumo(model_folder, data_file, write_recipe, tmp_path):
+    experts = {"num_experts": 4, "top_k": 2, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+    sparse = {"vision": {**experts, "layers": "all", "router_loss_scope": "sample"}, "connector": experts}
+    base, data = str(model_folder("dense", text_sparsity=None)), str(data_file())
+    fields = {"model": base, "data": data, "upcycle": sparse, "train": ["all"], "trainer": {"max_steps": 5}}
+    assert main(["train", write_recipe("cumo", **fields)]) == 0
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "cumo" / "model")
+    assert model.config.vision_sparsity.num_experts == model.config.vision_connector_config.sparsity.num_experts == 4
+    changed = changed_parts(tmp_path / "cumo" / "assembled", tmp_path / "cumo" / "model")
+    assert {"vision_tower", "vision_connector", "attention", "ffn"} <= changed
+
+
 def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
     dense, sparse = str(model_folder("dense", text_sparsity=None)), str(model_folder("sparse"))
     data, empty = str(data_file()), str(data_file([], "empty.json"))
@@ -121,6 +133,7 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         ({**good, "data": empty}, [], "no records"),
         ({**good, "trainer": {"speed": 1}}, [], "speed"),
         ({**good, "experts": {"copies": 4, "from": [dense]}}, [], "either 'from'"),
+        ({**good, "upcycle": {"audio": {}}}, [], "'audio' is unknown"),
         ({**good, "experts": {"from": [dense, sparse]}}, [], "does not match the base"),
         ({**good, "model": sparse, "experts": {"copies": 4}}, [], "sparse already"),
         ({**good, "output": str(tmp_path / "done")}, [], "--resume"),
@@ -142,7 +155,7 @@ def test_unusable_recipes(tmp_path, text, words):
 
 def test_recipes_of_the_project_are_valid():
     files = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
-    assert len(files) >= 5
+    assert len(files) >= 7
     for file in files:
         Recipe.read(file)
 

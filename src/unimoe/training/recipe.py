@@ -46,6 +46,8 @@ class Recipe:
         experts: first make the decoder sparse: `from` (a dense checkpoint for each expert) or `copies` (that many of the
             model's own FFN), and `layers`, `top_k`, `connectors`, `router_aux_loss_coef`, `router_z_loss_coef`,
             `router_loss_scope`, `router_dtype`, `seed` as for `assemble_experts`.
+        upcycle: first make parts sparse by exact copies of their FFNs: `text`, `vision` or `connector`, each with the fields of
+            `UniMoESparsityConfig`, see `unimoe.upcycling.upcycle`.
         eval_data: files to evaluate on, where the trainer's `eval_strategy` asks for it.
         media_root: folder that relative paths in the data start from; default: each data file's own.
         max_length: longest row in tokens; default: the processor's.
@@ -61,6 +63,7 @@ class Recipe:
     train: list[str] = field(default_factory=list)
     lora: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
+    upcycle: dict[str, Any] | None = None
     eval_data: list[str] = field(default_factory=list)
     media_root: str | None = None
     max_length: int | None = None
@@ -78,6 +81,7 @@ class Recipe:
             raise ValueError(f"train: {unknown[0]!r} is unknown; the parts are {', '.join(PARTS)}")
         _check_keys("lora", self.lora, _LORA_KEYS)
         _check_keys("experts", self.experts, _EXPERT_KEYS)
+        _check_keys("upcycle", self.upcycle, ("text", "vision", "connector"))
         if self.experts is not None and ("from" in self.experts) == ("copies" in self.experts):
             raise ValueError("experts: give either 'from' (a checkpoint for each expert) or 'copies' (their number)")
         if self.sampling not in ("shuffled", "sorted", "none"):

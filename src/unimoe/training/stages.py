@@ -12,6 +12,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..upcycling import upcycle
 from .collator import MultimodalCollator
 from .data import ConversationDataset
 from .lora import lora_config
@@ -158,16 +159,20 @@ def _step(folder: Path) -> int:
 
 
 def _starting_point(recipe: Recipe, processor: Any, output: Path, state: PartialState) -> str:
-    """The folder of the model to train; with `experts` the assembled one, which an adapter can refer to later."""
-    if recipe.experts is None:
+    """The folder of the model to train; where it is made sparse first, a new one, which an adapter can refer to later."""
+    if recipe.experts is None and recipe.upcycle is None:
         return recipe.model
     folder = output / "assembled"
     if state.is_main_process and not folder.is_dir():
-        arguments = dict(recipe.experts)
-        copies = arguments.pop("copies", 0)
-        model = assemble_experts(
-            recipe.model, arguments.pop("from", None) or [recipe.model] * copies, dtype=recipe.dtype, **arguments
-        )
+        if recipe.experts is None:
+            model = AutoModelForMultimodalLM.from_pretrained(recipe.model, dtype=recipe.dtype)
+        else:
+            arguments = dict(recipe.experts)
+            copies = arguments.pop("copies", 0)
+            experts = arguments.pop("from", None) or [recipe.model] * copies
+            model = assemble_experts(recipe.model, experts, dtype=recipe.dtype, **arguments)
+        if recipe.upcycle is not None:
+            upcycle(model, **recipe.upcycle)
         _write_whole(folder, model, processor)
     state.wait_for_everyone()
     return str(folder)
