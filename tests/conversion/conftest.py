@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from uni_moe_sets import BY_NAME, arguments, find_set, read_tensors
+from uni_moe_sets import BY_NAME, arguments, is_there, read_tensors
 
 from unimoe.cli import main
 
@@ -14,8 +14,8 @@ def converted(tmp_path_factory):
 
     def convert(name: str):
         variant = BY_NAME[name]
-        if find_set(variant.golden) is None:
-            pytest.skip(f"golden set {variant.golden} is not there")
+        if not is_there(variant):
+            pytest.skip(f"{variant.checkpoint} is in none of the golden sets here")
         if name not in folders:
             output = tmp_path_factory.mktemp("converted") / name
             args = ["convert", "uni-moe", *arguments(variant), "--output", str(output), "--dtype", "float32"]

@@ -9,10 +9,10 @@ import sys
 import threading
 
 import pytest
-from uni_moe_sets import BY_NAME, arguments, find_set
+from uni_moe_sets import BY_NAME, arguments, is_there
 
-VARIANT = BY_NAME["unimoe_speech-cases_v1.5"]
-pytestmark = pytest.mark.skipif(find_set(VARIANT.golden) is None, reason="the golden set is not there")
+VARIANT = BY_NAME["unimoe_speech-cases_e2"]
+pytestmark = pytest.mark.skipif(not is_there(VARIANT), reason="the golden set is not there")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -11,6 +11,7 @@ from uni_moe_sets import (
     case_tensors,
     expand,
     find_set,
+    is_there,
     read_cases,
     render,
     router_choices,
@@ -282,7 +283,7 @@ def test_raw_files_give_the_recorded_loss(loaded, name, case):
 def test_token_cases(loaded, golden_set):
     """Every text of a set with its recorded ids, split at placeholders and as a whole."""
     variant = next(variant for variant in VARIANTS if variant.golden == golden_set)
-    if find_set(golden_set) is None:
+    if not is_there(variant):
         pytest.skip("the set is not there")
     content = json.loads((find_set(golden_set) / f"{variant.cases}.json").read_text())
     probes = content.get("component_tokenizer") or content.get("tokenizer_probes") or []
@@ -303,7 +304,7 @@ def test_token_cases(loaded, golden_set):
 
 def dense_eight_experts():
     variant = BY_NAME["unimoe_8e-cases_dense"]
-    if find_set(variant.golden) is None:
+    if not is_there(variant):
         pytest.skip("the set is not there")
     return variant
 

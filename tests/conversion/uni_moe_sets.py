@@ -41,12 +41,18 @@ VARIANTS = [
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
+def is_there(variant: Variant) -> bool:
+    """Whether a set with the folders and cases of a release exists; the subset in the project has not all of them."""
+    folder = find_set(variant.golden)
+    names = [f"{variant.cases}.json", f"checkpoint/{variant.base}", f"checkpoint/{variant.checkpoint}"]
+    return folder is not None and all((folder / name).exists() for name in names)
+
+
 def read_cases(variant: Variant) -> dict[str, dict]:
     """The facts that go with each case of prompts; `train_*` and `batch_*` are batches with labels."""
-    folder = find_set(variant.golden)
-    if folder is None or not (folder / f"{variant.cases}.json").is_file():
+    if not is_there(variant):
         return {}
-    content = json.loads((folder / f"{variant.cases}.json").read_text())
+    content = json.loads((find_set(variant.golden) / f"{variant.cases}.json").read_text())
     return {name: facts for name, facts in content.get("cases", content).items() if _is_case(facts)}
 
 
