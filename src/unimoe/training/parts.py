@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -96,8 +95,3 @@ def _bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-def trained_dtype(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes of the parameters that are trained."""
-    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
