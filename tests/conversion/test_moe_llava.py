@@ -478,3 +478,68 @@ def test_labels(processors, image_file, name, case):
         for token, answer in zip(outputs["input_ids"][0], outputs["assistant_masks"][0])
     ]
     assert labels == entry["labels"]
+
+
+def with_tokenizer():
+    return [name for name in final_checkpoints() if any((SET / name / file).is_file() for file in ("merges.txt", "tokenizer.model"))]
+
+
+@pytest.mark.parametrize("name", with_tokenizer())
+def test_converted_folder_answers_a_chat(converted, loaded, image_file, name):
+    """Template, tokenizer, image rules and model of the folder go together; placeholders lie behind the vocabulary."""
+    from transformers import AutoProcessor
+
+    processor, model = AutoProcessor.from_pretrained(converted(name)), loaded(name)[0]
+    assert processor.image_token_id == model.config.image_token_id >= model.config.text_config.vocab_size
+    assert processor.image_aspect_ratio == "pad"
+    content = [{"type": "image", "path": str(image_file)}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == model.config.num_image_tokens
+    generated = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scales": [1, 3]}, "unimoe convert cumo"),
+        ({"mm_audio_tower": "x"}, "unimoe convert uni-moe"),
+        ({"model_type": "moe_llava_minicpm"}, "supported decoders"),
+        ({"mm_hidden_size": 1024}, "of width 1024"),
+        ({"mm_video_tower": "LanguageBind_Video_merge"}, "mm_video_tower"),
+        ({"image_projector_type": "qformer2_64"}, "image_projector_type"),
+        ({"moe": None}, "num_experts"),
+        ({"num_hidden_layers": 99}, "are in none of the files"),
+    ],
+)
+def test_refusals(tmp_path, capsys, change, words):
+    """One line that names the input, and nothing is left behind."""
+    from unimoe.cli import main
+
+    source = SET / final_checkpoints()[0]
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "output"
+    checkpoint.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (checkpoint / file.name).symlink_to(file)
+    config = {**json.loads((source / "config.json").read_text()), **change}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    args = ["convert", "moe-llava", "--checkpoint", str(checkpoint), "--vision-tower", str(tower_of(source))]
+    assert main([*args, "--output", str(output)]) == 1
+    assert words in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("folder", sorted(SET.glob("*_stage1")), ids=lambda folder: folder.name)
+def test_a_projector_alone_asks_for_its_decoder(tmp_path, capsys, folder):
+    from unimoe.cli import main
+
+    args = ["convert", "moe-llava", "--checkpoint", str(folder), "--vision-tower", str(tower_of(folder))]
+    assert main([*args, "--output", str(tmp_path / "output")]) == 1
+    assert "--base" in capsys.readouterr().err
