@@ -17,6 +17,10 @@ IMAGE_SIDE = 72
 FRAMES = 8
 # Sound events last a few seconds; a longer sound is cut into chunks of five.
 AUDIO_CHUNK_SAMPLES = 5 * 16_000
+# Nearly all of Whisper's usual window of 30 s would be silence here, and attention over it would cost more than
+# everything else together; longer speech is cut into chunks, too.
+SPEECH_FRAMES = 320
+SPEECH_CHUNK_SAMPLES = SPEECH_FRAMES * 160
 CONTEXT = 1024
 # Narrow layers want larger weights than the usual 0.02, which is made for a width of 768.
 INITIALIZER_RANGE = 0.06
@@ -98,6 +102,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> UniMoEConfig:
         decoder_layers=2,
         decoder_attention_heads=2,
         decoder_ffn_dim=256,
+        max_source_positions=SPEECH_FRAMES // 2,
         max_target_positions=16,
         # The connector's decoder starts from learned queries, so its word embeddings are never read.
         vocab_size=4,
@@ -147,7 +152,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: UniMoEConfig) ->
             size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
         ),
         tokenizer=tokenizer,
-        feature_extractor=UniMoEFeatureExtractor(audio_chunk_samples=AUDIO_CHUNK_SAMPLES),
+        feature_extractor=UniMoEFeatureExtractor(
+            audio_chunk_samples=AUDIO_CHUNK_SAMPLES,
+            speech_chunk_samples=SPEECH_CHUNK_SAMPLES,
+            speech_chunk_stride=SPEECH_CHUNK_SAMPLES,
+        ),
         num_image_tokens=config.num_image_tokens,
         num_video_tokens=config.num_image_tokens,
         num_audio_tokens=config.num_audio_tokens,

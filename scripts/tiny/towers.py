@@ -62,7 +62,11 @@ class ItemDataset(Dataset):
         bank = self.banks[kind]
         item = int(rng.integers(len(bank)))
         parts = bank.parts(item)
-        return kind, bank.facts[item], [vary(part, rng) for part in parts] if CONTENT_TYPES[kind] == "speech" else parts
+        return (
+            kind,
+            bank.facts[item],
+            [vary(part, rng) for part in parts] if CONTENT_TYPES[kind] == "speech" else parts,
+        )
 
 
 def vary(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -83,8 +87,8 @@ def vary(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class ItemCollator:
     """Items to the model's inputs and, for every kind and fact, the class that is right (IGNORED where unknown)."""
 
-    def __init__(self, processor: Any, speech_frames: int):
-        self.media = Collator(processor, speech_frames)._media
+    def __init__(self, processor: Any):
+        self.media = Collator(processor)._media
 
     def __call__(self, items: list[tuple[str, dict[str, Any], list[np.ndarray]]]) -> dict[str, Any]:
         order = {"image": [], "video": [], "audio": [], "speech": []}

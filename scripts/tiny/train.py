@@ -1,8 +1,7 @@
 """Trains the tiny checkpoint from nothing: `python -m scripts.tiny.train`.
 
-Three phases. First the towers and connectors learn to tell items apart (`towers.py`); then the whole model learns to answer
-all questions; both with a short window of speech, since nearly all of Whisper's 30 s window is silence here and attention
-over it would cost more than everything else together. The last phase gets the speech tower used to the whole window.
+Two phases. First the towers and connectors learn to tell items apart (`towers.py`); then connectors and decoder learn to
+answer all questions, with the towers as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import unimoe
 
@@ -44,8 +43,6 @@ BANK_SIZES = {
 # Held-out items to watch the training with.
 WATCHED_BANK_SIZE = 150
 WATCHED_QUESTIONS = 96
-# Whisper halves the frame rate of 100 Hz.
-FRAMES_PER_POSITION = 2
 
 
 @dataclass(frozen=True)
@@ -54,45 +51,13 @@ class Phase:
     batch_size: int
     learning_rate: float
     warmup_steps: int
-    speech_frames: int | None
 
 
 TOWERS = {
-    "vision": Phase(steps=2900, batch_size=32, learning_rate=1e-3, warmup_steps=150, speech_frames=320),
-    "sound": Phase(steps=1150, batch_size=64, learning_rate=1.5e-3, warmup_steps=100, speech_frames=320),
+    "vision": Phase(steps=2900, batch_size=32, learning_rate=1e-3, warmup_steps=150),
+    "sound": Phase(steps=1150, batch_size=64, learning_rate=1.5e-3, warmup_steps=100),
 }
-PHASES = (
-    Phase(steps=600, batch_size=48, learning_rate=1e-3, warmup_steps=50, speech_frames=320),
-    Phase(steps=50, batch_size=48, learning_rate=3e-4, warmup_steps=5, speech_frames=None),
-)
-
-
-@contextmanager
-def speech_window(model: unimoe.UniMoEForConditionalGeneration, frames: int | None) -> Iterator[None]:
-    """Lets the speech tower take windows of `frames` log-mel frames, at the first of its fixed positions."""
-    tower = model.model.speech_tower
-    whole, config = tower.embed_positions, tower.config
-    positions = config.max_source_positions
-    if frames is not None:
-        config.max_source_positions = frames // FRAMES_PER_POSITION
-        tower.embed_positions = nn.Embedding.from_pretrained(whole.weight[: config.max_source_positions], freeze=True)
-    try:
-        yield
-    finally:
-        tower.embed_positions = whole
-        config.max_source_positions = positions
-
-
-def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The predicted ids [B, S], each at the position of the label that it is compared with."""
-    return nn.functional.pad(logits.argmax(-1)[:, :-1], (1, 0))
-
-
-def exact_match(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of answers of which every token is right. Greedy generation would write just these."""
-    asked = prediction.label_ids != -100
-    right = (prediction.predictions == prediction.label_ids) | ~asked
-    return {"accuracy": float(right.all(axis=1).mean())}
+ANSWERS = Phase(steps=330, batch_size=48, learning_rate=2e-3, warmup_steps=30)
 
 
 @contextmanager
@@ -107,6 +72,28 @@ def without_unread_layers(model: unimoe.UniMoEForConditionalGeneration) -> Itera
     finally:
         tower.encoder.layers = layers
         config.vision_config.num_hidden_layers, config.vision_feature_layer = len(layers), feature_layer
+
+
+def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The predicted ids [B, S], each at the position of the label that it is compared with."""
+    return nn.functional.pad(logits.argmax(-1)[:, :-1], (1, 0))
+
+
+def exact_match(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of answers of which every token is right. Greedy generation would write just these."""
+    asked = prediction.label_ids != -100
+    right = (prediction.predictions == prediction.label_ids) | ~asked
+    return {"accuracy": float(right.all(axis=1).mean())}
+
+
+class StopInTime(TrainerCallback):
+    """Ends the training `minutes` after `started`, with what it has learnt by then."""
+
+    def __init__(self, minutes: float, started: float):
+        self.end = started + 60 * minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.time() > self.end
 
 
 def training_arguments(args: argparse.Namespace, phase: Phase, steps: int, **kwargs) -> TrainingArguments:
@@ -140,9 +127,9 @@ def train_towers(args: argparse.Namespace, group: str, model, processor, banks: 
         return
     phase = TOWERS[group]
     steps = max(round(phase.steps * args.fraction), 2)
-    with speech_window(model, phase.speech_frames), without_unread_layers(model):
+    with without_unread_layers(model):
         classifier = TowerClassifier(model.model, group)
-        collator = ItemCollator(processor, phase.speech_frames)
+        collator = ItemCollator(processor)
         trainer = Trainer(
             model=classifier,
             args=training_arguments(args, phase, steps),
@@ -175,30 +162,30 @@ def train(args: argparse.Namespace) -> None:
         print(f"{group} towers trained after {time.time() - started:.0f} s")
     if args.towers:
         return
-    for number, phase in enumerate(PHASES):
-        steps = max(round(phase.steps * args.fraction), 2)
-        dataset = QuestionDataset(banks, steps * phase.batch_size, seed=args.seed + 1 + number)
-        arguments = training_arguments(
-            args,
-            phase,
-            steps,
-            eval_strategy="steps",
-            eval_steps=200,
-            per_device_eval_batch_size=phase.batch_size,
+    for tower in (model.model.vision_tower, model.model.audio_tower, model.model.speech_tower):
+        tower.requires_grad_(False)
+    steps = max(round(ANSWERS.steps * args.fraction), 2)
+    arguments = training_arguments(
+        args,
+        ANSWERS,
+        steps,
+        eval_strategy="steps",
+        eval_steps=110,
+        per_device_eval_batch_size=ANSWERS.batch_size,
+    )
+    with without_unread_layers(model):
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=QuestionDataset(banks, steps * ANSWERS.batch_size, seed=args.seed + 1),
+            eval_dataset=held_out,
+            data_collator=Collator(processor),
+            compute_metrics=exact_match,
+            preprocess_logits_for_metrics=most_likely,
+            callbacks=[StopInTime(args.minutes, started)] if args.minutes else None,
         )
-        with speech_window(model, phase.speech_frames), without_unread_layers(model):
-            collator = Collator(processor, phase.speech_frames)
-            trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=dataset,
-                eval_dataset=held_out,
-                data_collator=collator,
-                compute_metrics=exact_match,
-                preprocess_logits_for_metrics=most_likely,
-            )
-            trainer.train(ignore_keys_for_eval=OTHER_OUTPUTS)
-        print(f"phase {number + 1} done after {time.time() - started:.0f} s")
+        trainer.train(ignore_keys_for_eval=OTHER_OUTPUTS)
+    print(f"answers trained after {time.time() - started:.0f} s")
     shutil.rmtree(args.output, ignore_errors=True)
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
@@ -216,6 +203,7 @@ def main() -> None:
         "--cache", type=Path, default=Path("build/tiny/cache"), help="keeps what was made; empty it to make anew"
     )
     parser.add_argument("--towers", choices=TOWERS, help="train these towers only, and keep them in the cache")
+    parser.add_argument("--minutes", type=float, help="end after so long at the latest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that make the items")
