@@ -223,12 +223,15 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-CONVERT = """
-import resource, sys, time
+CONVERT = r"""
+import re, sys, time
 from unimoe.cli import main
 start = time.monotonic()
 status = main(sys.argv[1:])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.monotonic() - start)
+seconds = time.monotonic() - start
+# Not ru_maxrss, which a child inherits from its parent.
+peak = 1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1])
+print("PEAK", peak, seconds, time.process_time())
 sys.exit(status)
 """
 
@@ -263,12 +266,14 @@ def main() -> None:
     run = subprocess.run([sys.executable, "-c", CONVERT, *command], capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
-    peak, took = (float(part) for part in run.stdout.split("PEAK")[1].split())
+    peak, took, processor = (float(part) for part in run.stdout.split("PEAK")[1].split())
     largest = EXPERTS * 2 * INTERMEDIATE * HIDDEN * torch.finfo(getattr(torch, args.dtype)).bits // 8
     print(f"conversion: {took:.1f} s, {size / took / 1e6:.0f} MB/s read, {_size(output) / 1e9:.2f} GB written")
-    print(f"speed: {seconds / took:.2f} of a plain copy's")
+    print(f"speed: {seconds / took:.2f} of a plain copy's; {processor:.1f} s of processor time")
     gib = 2**30
-    print(f"peak memory: {peak / gib:.2f} GiB, {(peak - largest) / gib:.2f} GiB above the largest tensor's {largest / gib:.2f}")
+    print(
+        f"peak memory: {peak / gib:.2f} GiB, {(peak - largest) / gib:.2f} GiB above the largest tensor's {largest / gib:.2f}"
+    )
     shutil.rmtree(args.folder)
 
 

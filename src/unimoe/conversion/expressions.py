@@ -120,14 +120,16 @@ class LowRankUpdate(_Composite):
                 f"shape {self.shape}"
             )
 
-    def write(self, out: torch.Tensor) -> None:
+    def row_blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Some rows of the result at a time: the first row's number, and the rows in float32."""
         base, a, b = self.parts[0], *(evaluate(part, torch.float32) for part in self.parts[1:])
-        if isinstance(base, SourceTensor) and base.is_contiguous:
-            for start, rows in base.row_blocks():
-                end = start + len(rows)
-                out[start:end].copy_(torch.addmm(rows.float(), b[start:end], a, alpha=self.scale))
-        else:
-            out.copy_(evaluate(base, torch.float32).addmm_(b, a, alpha=self.scale))
+        blocks = base.row_blocks() if has_row_blocks(base) else [(0, evaluate(base, torch.float32))]
+        for start, rows in blocks:
+            yield start, torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=self.scale)
+
+    def write(self, out: torch.Tensor) -> None:
+        for start, rows in self.row_blocks():
+            out[start : start + len(rows)].copy_(rows)
 
 
 class Constant:
@@ -142,13 +144,23 @@ class Constant:
         out.fill_(self.value)
 
 
-def pieces(expression: Expression) -> Iterator[Expression]:
-    """Expressions whose bytes, one after the other, are those of `expression`: a stack of experts need never be whole."""
+def has_row_blocks(expression: Expression) -> bool:
+    """Whether an expression can be had some rows at a time."""
+    if isinstance(expression, SourceTensor):
+        return expression.is_contiguous and bool(expression.shape)
+    return isinstance(expression, LowRankUpdate)
+
+
+def stream(expression: Expression, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """New tensors whose bytes, one after the other, are those of the value: a stack of experts need never be whole."""
     if isinstance(expression, Stack | Reshape) or (isinstance(expression, Concatenate) and expression.dim == 0):
         for part in expression.parts:
-            yield from pieces(part)
+            yield from stream(part, dtype)
+    elif has_row_blocks(expression):
+        for _, rows in expression.row_blocks():
+            yield rows.to(dtype, copy=True)
     else:
-        yield expression
+        yield evaluate(expression, dtype)
 
 
 def evaluate(expression: Expression, dtype: torch.dtype) -> torch.Tensor:

@@ -38,7 +38,7 @@ SAFETENSORS_DTYPES = {
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_PATTERNS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 # Small enough for a processor's cache, large enough for the disk.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 DAMAGED = "truncated or corrupt; download it again"
 
 

@@ -17,13 +17,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
 from .errors import ConversionError
-from .expressions import Expression, evaluate, pieces
+from .expressions import Expression, stream
 from .plan import format_bytes
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+MAX_PENDING = 8
 # Beside the weights: configuration, tokenizer, code.
 SMALL_FILES_BYTES = 64 * 1000**2
 
@@ -129,7 +130,11 @@ def write_weights(
     )
     total = sum(blank.nbytes for blank in blanks.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="converting", disable=not progress)
-    with bar:
+    # The blocks are too small for several threads to be of use.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with bar, contextlib.ExitStack() as after:
+        after.callback(torch.set_num_threads, threads)
         for filename, names in split.filename_to_tensors.items():
             _write_shard({name: targets[name] for name in names}, folder / filename, dtype, bar)
     weight_map = {name: filename for filename, names in split.filename_to_tensors.items() for name in names}
@@ -147,17 +152,15 @@ def _write_shard(targets: Mapping[str, Expression], file: Path, dtype: torch.dty
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(target.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # One thread reads and computes, the other writes, at most two pieces behind.
+    # One thread reads and computes, the other writes, a few small blocks behind.
     with open(file, "wb", buffering=0) as out, ThreadPoolExecutor(max_workers=1) as writer:
         pending = deque([writer.submit(_write_all, out, len(text).to_bytes(8, "little") + text)])
         for target in targets.values():
-            for piece in pieces(target):
-                value = evaluate(piece, dtype)
-                while len(pending) >= 2:
+            for block in stream(target, dtype):
+                if len(pending) >= MAX_PENDING:
                     pending.popleft().result()
-                pending.append(writer.submit(_write_all, out, memoryview(value.reshape(-1).view(torch.uint8).numpy())))
-                bar.update(value.nbytes)
-                del value
+                pending.append(writer.submit(_write_all, out, memoryview(block.reshape(-1).view(torch.uint8).numpy())))
+                bar.update(block.nbytes)
         while pending:
             pending.popleft().result()
         # The rename that follows must not come to the disk before the data.
