@@ -132,8 +132,17 @@ def test_a_flipped_bit_in_a_bin_file_is_found(tmp_path):
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     tensor = read_file(file)["a"]
-    with pytest.raises(ConversionError, match="'a' fails its checksum"):
-        tensor.read()
+    for read in (tensor.read, lambda: list(tensor.row_blocks(1000)), lambda: tensor.write(torch.empty(3000).half())):
+        with pytest.raises(ConversionError, match="'a' fails its checksum"):
+            read()
+
+
+def test_blocks_of_rows(tmp_path):
+    matrix = torch.arange(70.0).view(10, 7)
+    torch.save({"a": matrix}, tmp_path / "weights.bin")
+    blocks = [(start, rows.clone()) for start, rows in read_file(tmp_path / "weights.bin")["a"].row_blocks(3 * 7 * 4)]
+    assert [start for start, _ in blocks] == [0, 3, 6, 9]
+    assert torch.equal(torch.cat([rows for _, rows in blocks]), matrix)
 
 
 @pytest.mark.parametrize(

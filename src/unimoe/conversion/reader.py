@@ -104,9 +104,11 @@ class SourceTensor:
         row_bytes = max(math.prod(row_shape) * self.dtype.itemsize, 1)
         step = min(max(block_bytes // row_bytes, 1), rows)
         buffer = torch.empty(step, *row_shape, dtype=self.dtype)
-        starts = range(0, rows, step)
-        blocks = (buffer[: min(step, rows - start)] for start in starts)
-        yield from zip(starts, self._fill(blocks))
+        start = 0
+        # To the end of `_fill`, where the checksum is verified.
+        for block in self._fill(buffer[: min(step, rows - first)] for first in range(0, rows, step)):
+            yield start, block
+            start += len(block)
 
     def _fill(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Hands out every block after it was filled with the next bytes of the tensor."""
