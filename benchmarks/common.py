@@ -21,22 +21,41 @@ import unimoe
 
 
 def compare(
-    runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] | None = None
+    runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] | None = None, warm_up: bool = True
 ) -> dict[str, float]:
     """Median seconds of each run. Every round runs all of them, so that a busy moment hits them alike.
 
-    The first round is not counted. `before` is called, uncounted, ahead of every run.
+    With `warm_up` one round goes ahead that is not counted. `before` is called, uncounted, ahead of every run.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
+
+    def timed(run: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+        def measure() -> dict[str, float]:
             if before is not None:
                 before()
             start = time.perf_counter()
             run()
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            return {"seconds": time.perf_counter() - start}
+
+        return measure
+
+    medians = compare_measures({name: timed(run) for name, run in runs.items()}, rounds, warm_up)
+    return {name: values["seconds"] for name, values in medians.items()}
+
+
+def compare_measures(
+    runs: dict[str, Callable[[], dict[str, float]]], rounds: int, warm_up: bool = True
+) -> dict[str, dict[str, float]]:
+    """As `compare`, for runs that take several measures themselves: the median of each."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for round_number in range(rounds + warm_up):
+        for name, run in runs.items():
+            measures = run()
+            if round_number >= warm_up:
+                found[name].append(measures)
+    return {
+        name: {key: statistics.median(values[key] for values in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
 
 
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -57,7 +76,7 @@ class Report:
         args: its parsed options.
     """
 
-    WIDTHS = {"what": 28, "case": 46, "against": 36}
+    WIDTHS = {"what": 21, "case": 60, "against": 44}
 
     def __init__(self, name: str, question: str, args: argparse.Namespace):
         self.name, self.question, self.args = name, question, args
