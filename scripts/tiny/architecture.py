@@ -1,4 +1,4 @@
-"""The tiny checkpoint's shape (four towers; four experts, top-2, in every other decoder layer) and its processor."""
+"""The tiny checkpoint's shape before its decoder becomes sparse, and its processor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from unimoe import (
     UniMoEConnectorConfig,
     UniMoEFeatureExtractor,
     UniMoEProcessor,
-    UniMoESparsityConfig,
 )
 
 IMAGE_SIDE = 72
 FRAMES = 8
 # Sound events last a few seconds; a longer sound is cut into chunks of five.
 AUDIO_CHUNK_SAMPLES = 5 * 16_000
-# Nearly all of Whisper's usual window of 30 s would be silence here, and attention over it would cost more than
-# everything else together; longer speech is cut into chunks, too.
-SPEECH_FRAMES = 320
-SPEECH_CHUNK_SAMPLES = SPEECH_FRAMES * 160
+# Whisper's usual window of 30 s.
+SPEECH_FRAMES = 3000
 CONTEXT = 1024
 # Narrow layers want larger weights than the usual 0.02, which is made for a width of 768.
 INITIALIZER_RANGE = 0.06
@@ -55,6 +52,7 @@ MODALITIES = ("image", "video", "audio", "speech")
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> UniMoEConfig:
+    """The dense model; stage 3 puts experts into its decoder."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -138,7 +136,6 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> UniMoEConfig:
         speech_config=speech,
         audio_connector_config=audio_connector,
         speech_connector_config=speech_connector,
-        text_sparsity=UniMoESparsityConfig(layers="even", num_experts=4, top_k=2, router_aux_loss_coef=0.01),
         tie_word_embeddings=False,
         initializer_range=INITIALIZER_RANGE,
         **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in MODALITIES},
@@ -152,11 +149,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, config: UniMoEConfig) ->
             size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
         ),
         tokenizer=tokenizer,
-        feature_extractor=UniMoEFeatureExtractor(
-            audio_chunk_samples=AUDIO_CHUNK_SAMPLES,
-            speech_chunk_samples=SPEECH_CHUNK_SAMPLES,
-            speech_chunk_stride=SPEECH_CHUNK_SAMPLES,
-        ),
+        feature_extractor=UniMoEFeatureExtractor(audio_chunk_samples=AUDIO_CHUNK_SAMPLES),
         num_image_tokens=config.num_image_tokens,
         num_video_tokens=config.num_image_tokens,
         num_audio_tokens=config.num_audio_tokens,

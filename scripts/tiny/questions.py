@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .items import CONTENT_TYPES
+from .items import CONTENT_TYPES, SPOKEN_QUESTIONS
 from .sound_data import SAMPLING_RATE
 
 Facts = dict[str, Any]
@@ -46,7 +46,7 @@ class Task:
 
 
 def plural(shape: str) -> str:
-    return f"{shape}es" if shape == "cross" else f"{shape}s"
+    return f"{shape}s"
 
 
 def _describe(facts: Facts) -> str:
@@ -126,6 +126,16 @@ TASKS: dict[str, Task] = {
         lambda f: f"{f['shape']}, {f['word']}",
         weight=0.7,
     ),
+}
+# Items in words, for a decoder that cannot see or hear yet.
+DESCRIPTIONS: dict[str, Callable[[Facts], str]] = {
+    "scene": _describe,
+    "digit": lambda f: f"digit {f['digit']}",
+    "shape_video": lambda f: f"{f['colour']} {f['shape']} {'moving' if f['moves'] else 'still'}",
+    "digit_video": lambda f: f"digit {f['digit']}",
+    "event": lambda f: " ".join(str(f[name]) for name in ("pitch", "beeps", "event") if name in f),
+    "word": lambda f: f["word"],
+    "spoken_question": lambda f: SPOKEN_QUESTIONS[f["about"]][0],
 }
 MODALITIES = ("image", "video", "audio", "speech", "mixed")
 

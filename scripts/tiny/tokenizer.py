@@ -21,7 +21,7 @@ def corpus() -> list[str]:
     shapes = [*SHAPES, *map(plural, SHAPES)]
     phrasings = [phrasing.format(shapes=shapes[-1]) for task in TASKS.values() for phrasing in task.phrasings]
     phrasings += [phrasing.capitalize() for phrasing in phrasings]
-    names = (*COLOURS, *shapes, *EVENTS, *WORDS, "yes", "no", "high", "low")
+    names = (*COLOURS, *shapes, *EVENTS, *WORDS, "yes", "no", "high", "low", "moving", "still", "digit")
     turns = [f"USER: \n{phrasing} ASSISTANT:" for phrasing in phrasings]
     described = [f" {count} {colour} {shape}" for count, colour, shape in product(range(10), COLOURS, SHAPES)]
     # The trainer merges only pairs that occur at least twice, and every word shall become one piece.

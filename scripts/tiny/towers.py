@@ -1,15 +1,19 @@
-"""The first phase: towers and connectors learn to tell items apart, before the decoder asks them anything.
+"""Before the stages: towers and connectors learn to tell items apart, as the towers that real models start from have.
 
-From random weights, the one word of an answer teaches a tower very slowly, as long as the decoder does not look at it.
-So linear heads on the connectors' outputs first name what is in an item; afterwards the heads are thrown away.
+Linear heads on the connectors' outputs name what is in an item; afterwards the heads are thrown away. The towers share no
+weights, so the groups "vision" and "sound" are trained by themselves.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -37,21 +41,62 @@ CLASSES: dict[str, dict[str, tuple]] = {
     "word": {"word": WORDS},
     "spoken_question": {"about": tuple(SPOKEN_QUESTIONS)},
 }
-# The towers share no weights, so each group is trained by itself. How often a kind is shown: harder ones more often,
-# expensive ones less.
-GROUPS: dict[str, dict[str, float]] = {
-    "vision": {"scene": 0.48, "digit": 0.4, "shape_video": 0.07, "digit_video": 0.05},
-    "sound": {"word": 0.55, "spoken_question": 0.13, "event": 0.32},
-}
+GROUPS = {"vision": ("vision_",), "sound": ("audio_", "speech_")}
+# Frames that a video is shown with while the tower learns: every frame costs as much as a picture.
+MOST_FRAMES = 4
+POSITION_SCALE = 0.5
+PATCH_STD = 0.05
+HEAD_WIDTH = 64
 IGNORED = -100
 
 
-class ItemDataset(Dataset):
-    """Item i of a group; speech is changed a little every time, so that few voices stand for many."""
+@torch.no_grad()
+def prepare_vision_tower(model: unimoe.UniMoEModel, std: float) -> None:
+    """Starts the vision tower where so short a training gets far: it sees from the first step where a patch lies (sines and
+    cosines in both directions in place of tiny random positions), and its narrow layers have weights of `std`."""
+    tower = model.vision_tower
+    embeddings = tower.embeddings
+    embeddings.patch_embedding.weight.normal_(0, PATCH_STD)
+    for layer in tower.encoder.layers:
+        for parameter in layer.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, std)
+    table = embeddings.position_embedding.weight
+    side, width = math.isqrt(len(table) - 1), table.shape[1]
+    rates = 0.15 * torch.exp(torch.linspace(0, math.log(20), width // 4))
+    down, right = (
+        axis.flatten()[:, None] * rates for axis in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij")
+    )
+    table[1:] = POSITION_SCALE * torch.cat([right.sin(), right.cos(), down.sin(), down.cos()], dim=1)
 
-    def __init__(self, banks: dict[str, Bank], group: str, size: int, seed: int):
+
+@contextmanager
+def speech_window(model: unimoe.UniMoEModel, frames: int | None) -> Iterator[None]:
+    """Lets the speech tower take `frames` instead of 3000, most of which would be silence that costs the most."""
+    if frames is None:
+        yield
+        return
+    tower = model.speech_tower
+    table, positions = tower.embed_positions, tower.config.max_source_positions
+    tower.embed_positions = nn.Embedding.from_pretrained(table.weight[: frames // 2].detach())
+    tower.config.max_source_positions = frames // 2
+    try:
+        yield
+    finally:
+        tower.embed_positions, tower.config.max_source_positions = table, positions
+
+
+class ItemDataset(Dataset):
+    """Item i of a group; speech and pictures are changed a little every time, so that few stand for many.
+
+    Args:
+        chances: How often each kind is shown.
+    """
+
+    def __init__(self, banks: dict[str, Bank], chances: dict[str, float], size: int, seed: int):
         self.banks, self.size, self.seed = banks, size, seed
-        self.kinds, self.chances = list(GROUPS[group]), list(GROUPS[group].values())
+        self.kinds = list(chances)
+        self.chances = np.array(list(chances.values())) / sum(chances.values())
 
     def __len__(self) -> int:
         return self.size
@@ -62,14 +107,21 @@ class ItemDataset(Dataset):
         bank = self.banks[kind]
         item = int(rng.integers(len(bank)))
         parts = bank.parts(item)
-        return (
-            kind,
-            bank.facts[item],
-            [vary(part, rng) for part in parts] if CONTENT_TYPES[kind] == "speech" else parts,
-        )
+        content_type = CONTENT_TYPES[kind]
+        if content_type == "speech":
+            parts = [vary_speech(part, rng) for part in parts]
+        elif content_type == "video":
+            parts = [
+                parts[i] for i in np.linspace(0, len(parts) - 1, min(len(parts), MOST_FRAMES)).round().astype(int)
+            ]
+        elif kind == "digit":
+            parts = [vary_writing(part, rng) for part in parts]
+        elif kind == "scene":
+            parts = [part[:, :, ::-1] if rng.random() < 0.5 else part for part in parts]
+        return kind, bank.facts[item], parts
 
 
-def vary(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def vary_speech(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A log-mel [frames, channels] said a little earlier, higher or lower, and with a band missing."""
     floor = frames[-1, 0]
     frames = np.roll(frames[int(rng.integers(0, 12)) :], int(rng.integers(-2, 3)), axis=1).copy()
@@ -84,11 +136,32 @@ def vary(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return frames
 
 
+def vary_writing(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A digit uint8 [3, R, R] in another hand: turned, slanted, stretched and shifted; other writers differ so."""
+    side = pixels.shape[-1]
+    middle = (side - 1) / 2
+    turn, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+    stretch = np.diag(rng.uniform(0.88, 1.12, 2))
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    matrix = rotation @ np.array([[1, slant], [0, 1]]) @ stretch
+    offset = middle - matrix @ np.array([middle, middle]) + rng.uniform(-4, 4, 2)
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    paper = tuple(int(value) for value in np.median(pixels.reshape(3, -1), axis=1))
+    varied = image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (*matrix[0], offset[0], *matrix[1], offset[1]),
+        Image.Resampling.BILINEAR,
+        fillcolor=paper,
+    )
+    return np.asarray(varied).transpose(2, 0, 1)
+
+
 class ItemCollator:
     """Items to the model's inputs and, for every kind and fact, the class that is right (IGNORED where unknown)."""
 
-    def __init__(self, processor: Any):
-        self.media = Collator(processor)._media
+    def __init__(self, processor: Any, speech_frames: int | None = None):
+        self.media = Collator(processor, speech_frames)._media
 
     def __call__(self, items: list[tuple[str, dict[str, Any], list[np.ndarray]]]) -> dict[str, Any]:
         order = {"image": [], "video": [], "audio": [], "speech": []}
@@ -107,7 +180,11 @@ class ItemCollator:
 
 
 class TowerClassifier(nn.Module):
-    """Connector outputs, pictures averaged over their patches, to classes by linear maps."""
+    """Connector outputs to classes.
+
+    The queries of a sound stand side by side. Patches are looked at one by one, then averaged: that a shape has moved shows
+    only in how much of the picture it has touched.
+    """
 
     def __init__(self, model: unimoe.UniMoEModel, group: str):
         super().__init__()
@@ -115,22 +192,27 @@ class TowerClassifier(nn.Module):
         width = model.config.text_config.hidden_size
         queries = {"audio": model.config.num_audio_tokens, "speech": model.config.num_speech_tokens}
         self.heads = nn.ModuleDict()
-        for kind in GROUPS[group]:
-            tokens = queries.get(CONTENT_TYPES[kind], 1)
-            for name, classes in CLASSES[kind].items():
-                self.heads[f"{kind}__{name}"] = nn.Linear(tokens * width, len(classes))
+        for kind, facts in CLASSES.items():
+            content_type = CONTENT_TYPES[kind]
+            if (content_type in ("image", "video")) != (group == "vision"):
+                continue
+            for name, classes in facts.items():
+                if content_type in queries:
+                    head = nn.Linear(queries[content_type] * width, len(classes))
+                else:
+                    head = nn.Sequential(nn.Linear(width, HEAD_WIDTH), nn.GELU(), MeanOverPatches())
+                    head.append(nn.Linear(HEAD_WIDTH, len(classes)))
+                self.heads[f"{kind}__{name}"] = head
 
     def logits(self, media: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        pooled = {}
+        inputs = {}
         for content_type, output in self.model.encode_media(**media).items():
-            features = output.pooler_output
-            if content_type in ("image", "video"):
-                pooled[content_type] = features.mean(dim=1)
-            else:
+            inputs[content_type] = output.pooler_output
+            if content_type in ("audio", "speech"):
                 starts = torch.cumsum(counts[content_type], 0) - counts[content_type]
-                pooled[content_type] = features[starts].flatten(1)
+                inputs[content_type] = output.pooler_output[starts].flatten(1)
         kinds = {name: CONTENT_TYPES[name.split("__")[0]] for name in self.heads}
-        return {name: head(pooled[kinds[name]]) for name, head in self.heads.items() if kinds[name] in pooled}
+        return {name: head(inputs[kinds[name]]) for name, head in self.heads.items() if kinds[name] in inputs}
 
     def forward(self, media: dict, targets: dict, counts: dict) -> dict[str, torch.Tensor]:
         losses = []
@@ -140,6 +222,12 @@ class TowerClassifier(nn.Module):
                 losses.append(nn.functional.cross_entropy(logits[known], targets[name][known], reduction="sum"))
         size = sum(map(len, counts.values()))
         return {"loss": torch.stack(losses).sum() / size}
+
+
+class MeanOverPatches(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, P, H] to [N, H]."""
+        return features.mean(dim=1)
 
 
 class Watch(TrainerCallback):
@@ -157,7 +245,7 @@ class Watch(TrainerCallback):
     @torch.no_grad()
     def accuracies(self) -> dict[str, float]:
         right: dict[str, list[bool]] = {}
-        for kind in {name.split("__")[0] for name in self.classifier.heads}:
+        for kind in sorted({name.split("__")[0] for name in self.classifier.heads}):
             bank = self.banks[kind]
             for start in range(0, len(bank), 50):
                 indices = range(start, min(start + 50, len(bank)))

@@ -1,77 +1,60 @@
 """Trains the tiny checkpoint from nothing: `python -m scripts.tiny.train`.
 
-Two phases. First the towers and connectors learn to tell items apart (`towers.py`); then connectors and decoder learn to
-answer all questions, with the towers as they are.
+Before the stages stand in for what Uni-MoE downloads: towers that tell items apart (`train_towers`), and a decoder that
+answers the questions about items that are told in words. Then its three stages, which leave the towers alone:
+
+1. Alignment: the connectors learn to say items in the decoder's language.
+2. Experts: for each modality, the decoder's FFNs and the modality's connector learn from questions about it alone.
+3. The four tuned FFNs become the experts of every other layer; with new routers, the decoder and the connectors learn from all
+   questions, the mixed ones among them.
+
+Every step writes its result into the work folder, and is passed over where the result is there already.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel
 
 import unimoe
+from unimoe.training.parts import train_only
+from unimoe.training.trainer import ModalityTrainer
+from unimoe.training.upcycling import assemble_experts
 
 from .architecture import MODALITIES as CONTENT_TYPES
-from .architecture import build_config, build_processor
-from .banks import load_banks
 from .questions import MODALITIES
-from .tokenizer import build_tokenizer
-from .towers import ItemCollator, ItemDataset, TowerClassifier, Watch
-from .training_data import Collator, QuestionDataset
+from .tower_features import FromTowerFeatures, feature_bank
+from .towers import GROUPS
+from .train_towers import stored_towers
+from .training import Phase, arguments, build, load_items, load_towers, steps_of, training_arguments
+from .training_data import FeatureCollator, QuestionDataset, TextCollator
 
 # What the model returns beside loss and logits; the watching need not gather it.
 OTHER_OUTPUTS = ["past_key_values", "aux_loss", *(f"{kind}_hidden_states" for kind in CONTENT_TYPES)]
-# Items per kind that the training questions are drawn from.
-BANK_SIZES = {
-    "scene": 6000,
-    "digit": 6000,
-    "shape_video": 1600,
-    "digit_video": 600,
-    "event": 5000,
-    "word": 8000,
-    "spoken_question": 1600,
-}
-# Held-out items to watch the training with.
-WATCHED_BANK_SIZE = 150
 WATCHED_QUESTIONS = 96
-
-
-@dataclass(frozen=True)
-class Phase:
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-
-
-TOWERS = {
-    "vision": Phase(steps=2900, batch_size=32, learning_rate=1e-3, warmup_steps=150),
-    "sound": Phase(steps=1150, batch_size=64, learning_rate=1.5e-3, warmup_steps=100),
+READING = Phase(steps=900, batch_size=64, learning_rate=2e-3)
+ALIGNMENT = Phase(steps=450, batch_size=48, learning_rate=2e-3)
+EXPERT = Phase(steps=200, batch_size=48, learning_rate=1e-3, warmup_steps=20)
+MIXED = Phase(steps=1500, batch_size=48, learning_rate=1.5e-3)
+# The connector that stage 2 trains together with the FFNs of a modality.
+CONNECTORS = {
+    "image": "vision_connector",
+    "video": "vision_connector",
+    "audio": "audio_connector",
+    "speech": "speech_connector",
 }
-ANSWERS = Phase(steps=330, batch_size=48, learning_rate=2e-3, warmup_steps=30)
-
-
-@contextmanager
-def without_unread_layers(model: unimoe.UniMoEForConditionalGeneration) -> Iterator[None]:
-    """Leaves out the vision layers behind the one whose features the model takes."""
-    tower, config = model.model.vision_tower, model.config
-    layers, feature_layer = tower.encoder.layers, config.vision_feature_layer
-    tower.encoder.layers = layers[: feature_layer + 1]
-    config.vision_config.num_hidden_layers, config.vision_feature_layer = len(tower.encoder.layers), -1
-    try:
-        yield
-    finally:
-        tower.encoder.layers = layers
-        config.vision_config.num_hidden_layers, config.vision_feature_layer = len(layers), feature_layer
+TOP_K = 2
 
 
 def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -86,131 +69,140 @@ def exact_match(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.all(axis=1).mean())}
 
 
-class StopInTime(TrainerCallback):
-    """Ends the training `minutes` after `started`, with what it has learnt by then."""
+class Stages:
+    """The steps of the training, each from the folder of the one before to a folder of its own."""
 
-    def __init__(self, minutes: float, started: float):
-        self.end = started + 60 * minutes
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.work = args.work
+        self.base, self.processor = build(args.seed)
+        self.items, self.watched = load_items(args, self.processor)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= time.time() > self.end
+    def run(self) -> Path:
+        self.towers()
+        reading = self.step("reading", self.read)
+        self.features()
+        aligned = self.step("stage-1", self.align, reading)
+        experts = {name: self.step(f"stage-2-{name}", self.tune, aligned, name) for name in CONNECTORS}
+        return self.step("stage-3", self.mix, aligned, experts)
 
+    def step(self, name: str, make: Callable[..., PreTrainedModel], *inputs: Any) -> Path:
+        folder, started = self.work / name, time.time()
+        if not (folder / "config.json").is_file():
+            print(f"-- {name}", flush=True)
+            model = make(*inputs)
+            model.save_pretrained(folder)
+            print(f"-- {name}: {time.time() - started:.0f} s", flush=True)
+        return folder
 
-def training_arguments(args: argparse.Namespace, phase: Phase, steps: int, **kwargs) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(args.cache / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=phase.batch_size,
-        learning_rate=phase.learning_rate,
-        warmup_steps=phase.warmup_steps,
-        lr_scheduler_type="cosine",
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        seed=args.seed,
-        use_cpu=True,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        **kwargs,
-    )
+    def towers(self) -> None:
+        """Both groups at once, one process each."""
+        missing = [group for group in GROUPS if not stored_towers(self.work, group).exists()]
+        command = [sys.executable, "-m", "scripts.tiny.train_towers", "--work", str(self.work)]
+        command += ["--seed", str(self.args.seed), "--fraction", str(self.args.fraction), "--threads", "1"]
+        processes = [subprocess.Popen([*command, group]) for group in missing]
+        if any([process.wait() for process in processes]):
+            raise RuntimeError("the training of the towers failed")
+        for group in GROUPS:
+            load_towers(self.base.model, stored_towers(self.work, group))
 
+    def features(self) -> None:
+        """Replaces the banks of items by what the towers make of them."""
+        inner = self.base.model.eval()
+        for split, banks in (("train", self.items), ("test", self.watched)):
+            for kind, bank in banks.items():
+                path = self.work / "cache" / f"{kind}-{split}-features.npy"
+                banks[kind] = feature_bank(inner, self.processor, bank, path)
 
-def train_towers(args: argparse.Namespace, group: str, model, processor, banks: dict, watched: dict) -> None:
-    """Trains the towers of a group, or takes them from the cache."""
-    prefixes = {"vision": ("vision_",), "sound": ("audio_", "speech_")}[group]
-    stored = args.cache / f"towers-{group}-{args.seed}-{args.fraction}.pt"
-    if stored.exists():
-        model.model.load_state_dict(torch.load(stored, weights_only=True), strict=False)
-        return
-    phase = TOWERS[group]
-    steps = max(round(phase.steps * args.fraction), 2)
-    with without_unread_layers(model):
-        classifier = TowerClassifier(model.model, group)
-        collator = ItemCollator(processor)
-        trainer = Trainer(
-            model=classifier,
-            args=training_arguments(args, phase, steps),
-            train_dataset=ItemDataset(banks, group, steps * phase.batch_size, seed=args.seed + 100),
-            data_collator=collator,
-            callbacks=[Watch(classifier, watched, collator, every=400)],
+    def read(self) -> PreTrainedModel:
+        train_only(self.base, ["language_model"])
+        data = QuestionDataset(self.items, self.size(READING), seed=self.args.seed + 1)
+        self.train(self.base, self.base, READING, data, TextCollator(self.processor), MODALITIES)
+        return self.base
+
+    def align(self, reading: Path) -> PreTrainedModel:
+        return self.tuned(self.load(reading), ["connectors"], ALIGNMENT, CONNECTORS, seed=2)
+
+    def tune(self, aligned: Path, modality: str) -> PreTrainedModel:
+        return self.tuned(self.load(aligned), ["ffn", CONNECTORS[modality]], EXPERT, (modality,), seed=3)
+
+    def mix(self, aligned: Path, experts: dict[str, Path]) -> PreTrainedModel:
+        connectors = {CONNECTORS[name]: folder for name, folder in experts.items() if name != "video"}
+        model = assemble_experts(
+            aligned, list(experts.values()), layers="even", top_k=TOP_K, connectors=connectors, seed=self.args.seed
         )
-        trainer.train()
-    trained = {name: value for name, value in model.model.state_dict().items() if name.startswith(prefixes)}
-    torch.save(trained, stored)
+        return self.tuned(model, ["language_model", "connectors"], MIXED, MODALITIES, seed=4)
 
+    def tuned(
+        self, model: PreTrainedModel, parts: list[str], phase: Phase, modalities: tuple[str, ...], seed: int
+    ) -> PreTrainedModel:
+        """The model with some parts trained on questions of some modalities."""
+        train_only(model, parts)
+        data = QuestionDataset(self.items, self.size(phase), self.args.seed + seed, tuple(modalities))
+        self.train(FromTowerFeatures(model), model, phase, data, FeatureCollator(self.processor), tuple(modalities))
+        return model.requires_grad_(True)
 
-def train(args: argparse.Namespace) -> None:
-    started = time.time()
-    set_seed(args.seed)
-    tokenizer = build_tokenizer()
-    config = build_config(tokenizer)
-    processor = build_processor(tokenizer, config)
-    model = unimoe.UniMoEForConditionalGeneration(config)
-    print(f"{model.num_parameters():,} parameters")
-    sizes = {kind: max(round(size * args.fraction), 100) for kind, size in BANK_SIZES.items()}
-    banks = load_banks(processor, sizes, "train", args.seed, args.cache, args.workers)
-    watched = load_banks(
-        processor, dict.fromkeys(sizes, WATCHED_BANK_SIZE), "test", args.seed, args.cache, args.workers
-    )
-    held_out = {name: QuestionDataset(watched, WATCHED_QUESTIONS, args.seed, (name,)) for name in MODALITIES}
-    print(f"items ready after {time.time() - started:.0f} s")
-    for group in [args.towers] if args.towers else TOWERS:
-        train_towers(args, group, model, processor, banks, watched)
-        print(f"{group} towers trained after {time.time() - started:.0f} s")
-    if args.towers:
-        return
-    for tower in (model.model.vision_tower, model.model.audio_tower, model.model.speech_tower):
-        tower.requires_grad_(False)
-    steps = max(round(ANSWERS.steps * args.fraction), 2)
-    arguments = training_arguments(
-        args,
-        ANSWERS,
-        steps,
-        eval_strategy="steps",
-        eval_steps=110,
-        per_device_eval_batch_size=ANSWERS.batch_size,
-    )
-    with without_unread_layers(model):
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=QuestionDataset(banks, steps * ANSWERS.batch_size, seed=args.seed + 1),
-            eval_dataset=held_out,
-            data_collator=Collator(processor),
+    def size(self, phase: Phase) -> int:
+        return steps_of(phase, self.args.fraction) * phase.batch_size
+
+    def load(self, folder: Path) -> unimoe.UniMoEForConditionalGeneration:
+        return unimoe.UniMoEForConditionalGeneration.from_pretrained(folder)
+
+    def train(
+        self,
+        module: nn.Module,
+        model: PreTrainedModel,
+        phase: Phase,
+        data: Dataset,
+        collator: Any,
+        modalities: tuple[str, ...],
+    ) -> None:
+        watched = {
+            name: QuestionDataset(self.watched, WATCHED_QUESTIONS, self.args.seed, (name,)) for name in modalities
+        }
+        steps = steps_of(phase, self.args.fraction)
+        trainer = ModalityTrainer(
+            model=module,
+            args=training_arguments(
+                self.args,
+                phase,
+                eval_strategy="steps",
+                eval_steps=max(steps // 5, 1),
+                per_device_eval_batch_size=phase.batch_size,
+                label_names=["labels"],
+            ),
+            train_dataset=data,
+            eval_dataset=watched,
+            data_collator=collator,
             compute_metrics=exact_match,
             preprocess_logits_for_metrics=most_likely,
-            callbacks=[StopInTime(args.minutes, started)] if args.minutes else None,
+            sampling=None,
         )
         trainer.train(ignore_keys_for_eval=OTHER_OUTPUTS)
-    print(f"answers trained after {time.time() - started:.0f} s")
-    shutil.rmtree(args.output, ignore_errors=True)
-    model.save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    for copied in args.output.glob("*.py"):
+
+
+def publish(source: Path, processor: unimoe.UniMoEProcessor, output: Path) -> None:
+    """The trained model with its processor as a folder to load from."""
+    model = unimoe.UniMoEForConditionalGeneration.from_pretrained(source)
+    shutil.rmtree(output, ignore_errors=True)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    for copied in output.glob("*.py"):
         # This package is the code of its own checkpoint; a copy of it would only grow old there.
         copied.unlink()
-    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
-    print(f"{args.output}: {size / 1e6:.2f} MB")
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {model.num_parameters():,} parameters, {size / 1e6:.2f} MB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/tiny/checkpoint"))
-    parser.add_argument(
-        "--cache", type=Path, default=Path("build/tiny/cache"), help="keeps what was made; empty it to make anew"
-    )
-    parser.add_argument("--towers", choices=TOWERS, help="train these towers only, and keep them in the cache")
-    parser.add_argument("--minutes", type=float, help="end after so long at the latest")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2, help="processes that make the items")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of all items and steps, to try the script out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args)
+    started = time.time()
+    stages = Stages(args)
+    publish(stages.run(), stages.processor, args.output)
+    print(f"trained in {(time.time() - started) / 60:.1f} min")
 
 
 if __name__ == "__main__":

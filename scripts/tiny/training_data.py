@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from unimoe.processing.prompting import expand_segments, split_prompt, tokenize_pieces
 
 from .banks import Bank, Codec
-from .questions import TASKS, Task, messages, word_question
+from .questions import DESCRIPTIONS, TASKS, Task, messages, word_question
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Sample:
     text_first: bool
     answer: str
     parts: list[list[np.ndarray]]
+    descriptions: tuple[str, ...] = ()
 
 
 class QuestionDataset(Dataset):
@@ -51,9 +52,12 @@ class QuestionDataset(Dataset):
         phrasing, text_first = word_question(rng, task, facts), bool(rng.random() < 0.15)
         parts = [self.banks[kind].parts(item) for kind, item in zip(task.items, chosen)]
         content_types = task.content_types
+        descriptions = tuple(
+            DESCRIPTIONS[kind](self.banks[kind].facts[item]) for kind, item in zip(task.items, chosen)
+        )
         if rng.random() < 0.3:
-            content_types, parts = content_types[::-1], parts[::-1]
-        return Sample(content_types, phrasing, text_first, task.answer(facts), parts)
+            content_types, parts, descriptions = content_types[::-1], parts[::-1], descriptions[::-1]
+        return Sample(content_types, phrasing, text_first, task.answer(facts), parts, descriptions)
 
 
 def _candidates(task: Task, bank: Bank) -> np.ndarray:
@@ -80,19 +84,25 @@ class Collator:
         self._row = cache(self._make_row)
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        return self.prompts(samples) | self._media(samples)
+
+    def prompts(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`."""
         rows = [
             self._row(s.content_types, s.phrasing, s.text_first, s.answer, tuple(map(len, s.parts))) for s in samples
         ]
+        return self._padded(rows)
+
+    def _padded(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         pad = self.processor.tokenizer.pad_token_id
-        batch: dict[str, Any] = {
+        return {
             "input_ids": torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows]),
             "attention_mask": torch.tensor(
                 [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
             ),
             "labels": torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows]),
         }
-        return batch | self._media(samples)
 
     def _make_row(
         self, content_types: tuple[str, ...], phrasing: str, text_first: bool, answer: str, num_parts: tuple[int, ...]
@@ -108,7 +118,10 @@ class Collator:
             for kind, parts in zip(content_types, num_parts)
         ]
         token_ids = [getattr(processor, f"{kind}_token_id") for kind in content_types]
-        ids = expand_segments(segments, lengths, token_ids)["input_ids"]
+        return self._with_answer(expand_segments(segments, lengths, token_ids)["input_ids"], answer)
+
+    def _with_answer(self, ids: list[int], answer: str) -> dict[str, list[int]]:
+        processor = self.processor
         eos = processor.tokenizer.eos_token
         answer_ids = processor.tokenizer(f" {answer}{eos}", add_special_tokens=False)["input_ids"]
         return {"input_ids": ids + answer_ids, "labels": [-100] * len(ids) + answer_ids}
@@ -143,3 +156,36 @@ class Collator:
             pixels[row, : len(frames)] = torch.from_numpy(self.codec.decode("video", frames))
             mask[row, : len(frames)] = 1
         return {"pixel_values_videos": pixels} | ({} if mask.all() else {"video_frame_mask": mask})
+
+
+class TextCollator(Collator):
+    """The same questions about items that are told in words."""
+
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        return self._padded([self._row(s.descriptions, s.phrasing, s.text_first, s.answer, ()) for s in samples])
+
+    def _make_row(
+        self, descriptions: tuple[str, ...], phrasing: str, text_first: bool, answer: str, num_parts: tuple[int, ...]
+    ) -> dict[str, list[int]]:
+        processor = self.processor
+        told = [{"type": "text", "text": f"{text}\n"} for text in descriptions]
+        asked = [{"type": "text", "text": phrasing}] if phrasing else []
+        turn = [{"role": "user", "content": asked + told if text_first else told + asked}]
+        prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+        return self._with_answer(processor.tokenizer(prompt)["input_ids"], answer)
+
+
+class FeatureCollator(Collator):
+    """Questions about items of which the towers' features are known: float32 [parts, tokens, width] by content type."""
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        features: dict[str, list[np.ndarray]] = {}
+        counts: dict[str, list[int]] = {}
+        for sample in samples:
+            for kind, parts in zip(sample.content_types, sample.parts):
+                features.setdefault(kind, []).extend(parts)
+                counts.setdefault(kind, []).append(len(parts))
+        return self.prompts(samples) | {
+            "features": {kind: torch.from_numpy(np.stack(parts)).float() for kind, parts in features.items()},
+            "counts": {kind: torch.tensor(values) for kind, values in counts.items()},
+        }

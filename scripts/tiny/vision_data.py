@@ -143,10 +143,10 @@ def shape_video(rng: np.random.Generator, shape: str, colour: str, moves: bool, 
     """One shape that stays where it is, or crosses a good part of the picture on a straight line."""
     ink = _ink(rng, colour)
     paper = _background(rng, ink)
-    radius = rng.uniform(0.14, 0.2)
+    radius = rng.uniform(0.18, 0.24)
     margin = 1.2 * radius
     start, end = rng.uniform(margin, 1 - margin, (2, 2))
-    while moves and math.dist(start, end) < 0.4:
+    while moves and math.dist(start, end) < 0.36:
         start, end = rng.uniform(margin, 1 - margin, (2, 2))
     if not moves:
         end = start

@@ -1,0 +1,110 @@
+"""Trains the towers of one group: `python -m scripts.tiny.train_towers vision` (or `sound`)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from .towers import GROUPS, ItemCollator, ItemDataset, TowerClassifier, Watch, speech_window
+from .training import Phase, arguments, build, load_items, training_arguments, without_unread_layers
+
+
+@dataclass(frozen=True)
+class TowerPhase(Phase):
+    """How often each kind of item is shown (harder ones more often, expensive ones less), and how long a window of
+    speech is; None: all of Whisper's 3000 frames."""
+
+    name: str = ""
+    chances: dict[str, float] | None = None
+    speech_frames: int | None = None
+
+
+PHASES = {
+    "vision": (
+        TowerPhase(
+            name="items",
+            steps=5400,
+            batch_size=32,
+            learning_rate=1.3e-3,
+            warmup_steps=150,
+            chances={"scene": 0.38, "digit": 0.34, "shape_video": 0.22, "digit_video": 0.06},
+        ),
+    ),
+    "sound": (
+        TowerPhase(
+            name="short",
+            steps=1150,
+            batch_size=64,
+            learning_rate=1.5e-3,
+            warmup_steps=100,
+            chances={"word": 0.55, "spoken_question": 0.13, "event": 0.32},
+            speech_frames=320,
+        ),
+        TowerPhase(
+            name="whole",
+            steps=380,
+            batch_size=32,
+            learning_rate=5e-4,
+            warmup_steps=20,
+            chances={"word": 0.3, "spoken_question": 0.08, "event": 0.62},
+        ),
+    ),
+}
+
+
+def stored_towers(work: Path, group: str) -> Path:
+    return work / f"towers-{group}-{PHASES[group][-1].name}.pt"
+
+
+def train_towers(args, group: str) -> None:
+    """All phases of a group; those whose result is there already are passed over."""
+    model, processor = build(args.seed)
+    model = model.model
+    classifier = TowerClassifier(model, group)
+    banks, watched = load_items(args, processor)
+    for phase in PHASES[group]:
+        path = args.work / f"towers-{group}-{phase.name}.pt"
+        if path.exists():
+            classifier.load_state_dict(torch.load(path, weights_only=True), strict=False)
+            continue
+        started = time.time()
+        with without_unread_layers(model), speech_window(model, phase.speech_frames):
+            collator = ItemCollator(processor, phase.speech_frames)
+            settings = training_arguments(args, phase)
+            size = settings.max_steps * phase.batch_size
+            trainer = Trainer(
+                model=classifier,
+                args=settings,
+                train_dataset=ItemDataset(banks, phase.chances, size, seed=args.seed + 100),
+                data_collator=collator,
+                callbacks=[Watch(classifier, watched, collator, every=max(settings.max_steps // 8, 1))],
+            )
+            trainer.train()
+        torch.save(learnt(classifier, group), path)
+        print(f"towers of {group}, {phase.name}: {time.time() - started:.0f} s", flush=True)
+
+
+def learnt(classifier: TowerClassifier, group: str) -> dict[str, torch.Tensor]:
+    """The group's towers, connectors and heads. Whisper's sines are not learnt, and as long as the window of a phase."""
+    prefixes = ("heads.", *(f"model.{prefix}" for prefix in GROUPS[group]))
+    return {
+        name: parameter.detach()
+        for name, parameter in classifier.named_parameters()
+        if name.startswith(prefixes) and name != "model.speech_tower.embed_positions.weight"
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("group", choices=GROUPS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train_towers(args, args.group)
+
+
+if __name__ == "__main__":
+    main()
