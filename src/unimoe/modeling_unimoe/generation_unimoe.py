@@ -13,11 +13,16 @@ class _WithoutPlaceholders(LogitsProcessorList):
     def __init__(self, processors: LogitsProcessorList, placeholder_ids: list[int]):
         super().__init__(processors)
         self.placeholder_ids = placeholder_ids
+        self._in_vocabulary: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
-        in_vocabulary = [token_id for token_id in self.placeholder_ids if token_id < scores.shape[-1]]
-        if in_vocabulary:
-            scores = scores.index_fill(-1, torch.tensor(in_vocabulary, device=scores.device), -torch.inf)
+        if self._in_vocabulary is None:
+            ids = [token_id for token_id in self.placeholder_ids if token_id < scores.shape[-1]]
+            self._in_vocabulary = torch.tensor(ids, dtype=torch.long, device=scores.device)
+        if len(self._in_vocabulary):
+            scores = scores.index_fill(-1, self._in_vocabulary, -torch.inf)
+        if not self:
+            return scores
         return super().__call__(input_ids.masked_fill(input_ids >= scores.shape[-1], 0), scores, **kwargs)
 
 

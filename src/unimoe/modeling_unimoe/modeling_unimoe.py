@@ -4,6 +4,8 @@ Shape letters in docstrings: B batch, S text length with placeholders expanded, 
 chunks) of the whole batch in reading order, P tokens per image, Q tokens per sound chunk, F video frames, R image side.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -298,9 +300,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
             beyond = input_ids >= table.num_embeddings
             inputs_embeds = table(input_ids.masked_fill(beyond, 0))
         text_embeds = inputs_embeds
-        for modality in MODALITIES:
-            token_id = getattr(self.config, f"{modality}_token_id")
+        # A step of generation has nothing to place.
+        is_step = not encoded and input_ids is not None and input_ids.shape[1] == 1
+        for modality in () if is_step else MODALITIES:
             if encoded.get(modality) is None:
+                token_id = getattr(self.config, f"{modality}_token_id")
                 if input_ids is not None and input_ids.shape[1] > 1 and token_id >= table.num_embeddings:
                     self._check_count(modality, input_ids == token_id, 0)
                 continue
@@ -540,6 +544,10 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
                 "apart; `inputs_embeds` do not"
             )
         return self.model.token_types(input_ids)
+
+
+# `generate` asks for the signature at every step of a model that is not Transformers' own; reading it anew is slow.
+UniMoEForConditionalGeneration.forward.__signature__ = inspect.signature(UniMoEForConditionalGeneration.forward)
 
 
 def _parts_of_step(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
