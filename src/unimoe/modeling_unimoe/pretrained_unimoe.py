@@ -25,6 +25,12 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     # Whether `from_pretrained` refuses a checkpoint that does not fill the model exactly.
     strict_loading = True
 
+    def post_init(self):
+        super().post_init()
+        # Towers bring the names of modules that only other models of their family have, which FSDP refuses.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & present
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

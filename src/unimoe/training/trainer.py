@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from .callbacks import add_monitors
+from .parts import CONNECTORS, TOWERS, part_of
 from .sampler import ModalityGroupedSampler
 
 
@@ -22,15 +25,15 @@ class ModalityTrainer(Trainer):
     def __init__(self, *args: Any, sampling: str | None = "shuffled", **kwargs: Any):
         self.sampling = sampling
         super().__init__(*args, **kwargs)
+        self.model.register_forward_hook(_keep_differentiable)
         add_monitors(self)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
-        """As Trainer's; a batch that none of the trained weights takes part in (a text where a connector is trained) counts as
-        one without gradient, instead of stopping the run."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training and not loss.requires_grad:
-            loss = loss + 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
-        return (loss, outputs) if return_outputs else loss
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's, but DDP looks for unused parameters with gradient checkpointing too: whatever a step has no input for,
+        towers and connectors that no record needs, gets no gradient."""
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -48,6 +51,27 @@ class ModalityTrainer(Trainer):
         self.remove_callback(_Epochs)
         self.add_callback(_Epochs(sampler))
         return sampler
+
+
+def _keep_differentiable(model: nn.Module, inputs: tuple, outputs: Any) -> None:
+    """Lets a step go on in which none of the trained weights takes part: a text where only a connector is trained.
+
+    Its loss has no gradient, which would stop the run. DDP moreover waits, on the other processes, for at least one
+    parameter of this one, and looks for it in what the forward pass returns. So one takes part, with a gradient of zero.
+    """
+    loss = getattr(outputs, "loss", None)
+    if loss is None or not (model.training and torch.is_grad_enabled()):
+        return
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if any(part_of(name) not in (*TOWERS, *CONNECTORS) for name in trained):
+        # The decoder takes part in every step.
+        return
+    smallest = min(trained.values(), key=torch.numel)
+    is_sharded = isinstance(smallest, DTensor)
+    # With gradient checkpointing a loss may have a gradient, but for the embeddings of tokens alone.
+    if not (is_sharded and loss.requires_grad):
+        zero = 0.0 * smallest.sum()
+        outputs.loss = loss + (zero.full_tensor() if is_sharded else zero)
 
 
 class _Epochs(TrainerCallback):
