@@ -32,12 +32,12 @@ from unimoe.modeling_unimoe.experts import naive_moe_forward
 from unimoe.modeling_unimoe.router import naive_topk_router
 from unimoe.modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["unimoe", "eager", "grouped_mm", "batched_mm"]
 EXPERTS_TOP_K = [(e, k) for e in (2, 4, 8, 64) for k in (1, 2, 3) if k <= e]
 HIDDEN, INTERMEDIATE = 16, 24
 
 
-def make_block(experts=4, top_k=2, implementation="grouped_mm", dtype=torch.float32, seed=0, **kwargs):
+def make_block(experts=4, top_k=2, implementation="unimoe", dtype=torch.float32, seed=0, **kwargs):
     torch.manual_seed(seed)
     arguments = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, **kwargs}
     block = UniMoESparseMoeBlock(num_experts=experts, top_k=top_k, **arguments)
@@ -203,7 +203,7 @@ def test_fresh_block_is_initialised_and_works_alone_without_warnings():
     assert output.isfinite().all()
     for name, parameter in block.named_parameters():
         assert not parameter.any() if name.endswith("_bias") else 0.015 < parameter.std() < 0.025, name
-    assert block.experts.config._experts_implementation == "grouped_mm"
+    assert block.experts.config._experts_implementation == "unimoe"
     assert torch.equal(copy.deepcopy(block)(torch.ones(1, 64)), pickle.loads(pickle.dumps(block))(torch.ones(1, 64)))
 
 

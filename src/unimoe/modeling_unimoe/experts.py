@@ -15,17 +15,19 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from .sorted_experts import IMPLEMENTATION
+
 # The grouped matmul kernels want every row to begin at a multiple of this many bytes.
 GROUPED_MM_ALIGNMENT = 16
 
 
 class _ShapeAwareExperts:
-    """Transformers' registry of experts implementations, with the eager loop for the shapes that they cannot take."""
+    """Transformers' registry of experts implementations, with the eager loop for the shapes that its own cannot take."""
 
     def get_interface(self, name: str | None, default: Callable) -> Callable:
         function = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
-        if function is default:
-            return default
+        if function is default or name == IMPLEMENTATION:
+            return function
 
         def forward(experts: "UniMoEExperts", hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             chosen = function if experts.supports(name, hidden_states.dtype) else default
@@ -51,8 +53,8 @@ class UniMoEExperts(nn.Module):
         hidden_size: H.
         intermediate_size: I.
         num_experts: E.
-        output_size: O, by default H. Where it differs every implementation runs the eager loop, because
-            Transformers' kernels assume O = H.
+        output_size: O, by default H. Where it differs Transformers' implementations give way to the eager loop, because
+            they assume O = H.
         hidden_act: a name known to Transformers or a parameter-free callable.
     """
 
@@ -171,10 +173,10 @@ _EXPERTS_CLASSES = {
 def make_experts(config: Any | None, *args, gated: bool = True, bias: bool = False, **kwargs) -> UniMoEExperts:
     """Experts of the class for `gated` and `bias`; further arguments as for `UniMoEExperts`.
 
-    Without a config the experts carry their own, set to Transformers' default, "grouped_mm".
+    Without a config the experts carry their own, set to this package's implementation, "unimoe".
     """
     if config is None:
-        config = SimpleNamespace(_experts_implementation="grouped_mm")
+        config = SimpleNamespace(_experts_implementation=IMPLEMENTATION)
     return _EXPERTS_CLASSES[bool(gated), bool(bias)](config, *args, **kwargs)
 
 

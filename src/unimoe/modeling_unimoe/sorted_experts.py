@@ -1,0 +1,370 @@
+"""The experts implementation "unimoe", registered with Transformers beside "eager", "grouped_mm" and "batched_mm".
+
+On a CPU it sorts the pairs of token and expert once and runs each expert that was chosen on its own rows, with three things
+that Transformers' implementations lack there:
+- Weights are never copied: an expert's weight is a view, and with one token so are its rows.
+- Few rows are multiplied as W @ x.T. Matrix libraries run x @ W.T at a fraction of that speed for 4 to 128 rows in float32, and
+  for any number of rows in bfloat16; preparing ("packing") the weights beforehand gains nothing over it.
+- The backward pass writes each expert's gradient once, into one buffer for all experts whose pages stay untouched where an
+  expert had no token.
+
+Elsewhere (on a GPU, under `torch.compile`, for experts of a layout of their own) it hands over to "grouped_mm", and to the
+experts' own loop for shapes and weights that "grouped_mm" cannot take.
+
+Shape suffixes: T tokens, K experts chosen for each, P = T * K pairs sorted by expert, N rows of one expert, E experts,
+H hidden size, O output size, I intermediate size, F rows of the first projection (2 * I where gated, else I).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "unimoe"
+
+# Rows from which x @ W.T is as fast as W @ x.T in float32, and the few below it that have a kernel of their own.
+MANY_ROWS = 256
+PAIR_OF_ROWS = (2, 3)
+# Bytes from which fresh zeros are worth asking the operating system for.
+LARGE_BUFFER = 1 << 20
+ALIGNMENT = 64
+
+
+class ExpertOrder(NamedTuple):
+    """The pairs of token and expert, sorted by expert.
+
+    Attributes:
+        pair_P: int64, the pair (token * K + choice) at each place; pairs of one expert stay in the order of tokens.
+        counts: how many pairs each of the E experts has. Pairs of experts held elsewhere come last and are not counted.
+    """
+
+    pair_P: torch.Tensor
+    counts: list[int]
+
+
+def sort_by_expert(top_k_index_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
+    """One sort and one count for all that need the order. Ids of `num_experts` and above mark experts held elsewhere."""
+    index_P = top_k_index_TK.reshape(-1)
+    pair_P = index_P.sort(stable=True).indices
+    return ExpertOrder(pair_P, torch.bincount(index_P, minlength=num_experts)[:num_experts].tolist())
+
+
+class ExpertWeights(NamedTuple):
+    """The parameters of all experts, read once: reading an adapted parameter merges its adapter anew."""
+
+    first_EFH: torch.Tensor
+    down_EOI: torch.Tensor
+    first_bias_EF: torch.Tensor | None
+    down_bias_EO: torch.Tensor | None
+
+    @classmethod
+    def read(cls, experts: nn.Module) -> "ExpertWeights":
+        first = "gate_up_proj" if experts.has_gate else "up_proj"
+        biases = (getattr(experts, f"{first}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
+        return cls(getattr(experts, first), experts.down_proj, *biases)
+
+    def to(self, dtype: torch.dtype) -> "ExpertWeights":
+        return ExpertWeights(*(None if tensor is None else tensor.to(dtype) for tensor in self))
+
+    def of(self, expert: int) -> "ExpertWeights":
+        return ExpertWeights(*(None if tensor is None else tensor[expert] for tensor in self))
+
+
+def unimoe_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What Transformers calls where a config names "unimoe".
+
+    Args:
+        experts: any experts module of Transformers' experts interface.
+        hidden_states: [T, H].
+        top_k_index: int64 [T, K]; ids of `experts.num_experts` and above mark experts held by another process.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, O] in the dtype of `hidden_states`. Two runs are equal to the last bit.
+    """
+    if _is_traced(hidden_states) or hidden_states.device.type != "cpu" or not _has_known_layout(experts):
+        return _grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
+    weights = ExpertWeights.read(experts)
+    if not all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weights if tensor is not None):
+        # Quantised weights know F.linear and indexing, not matmuls that write into a given place.
+        return _loop(experts, hidden_states, top_k_index, top_k_weights)
+    dtype = weights.first_EFH.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        weights = weights.to(dtype)
+        activation = Activation(experts)
+        hidden_TH = hidden_states.to(dtype)
+        inputs = (hidden_TH, top_k_weights, *weights)
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        if hidden_states.shape[0] == 1 and not needs_grad:
+            output_TO = _run_one_token(activation, experts.num_experts, top_k_index, hidden_TH, top_k_weights, weights)
+        else:
+            order = sort_by_expert(top_k_index, experts.num_experts)
+            if needs_grad:
+                output_TO = _SortedExperts.apply(activation, order, *inputs)
+            else:
+                output_TO = _run(activation, order, hidden_TH, top_k_weights, weights)
+    return output_TO.to(hidden_states.dtype)
+
+
+def _is_traced(hidden_states: torch.Tensor) -> bool:
+    """Whether someone records the operations, who can record no choice that depends on the values."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(hidden_states) not in (torch.Tensor, nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _has_known_layout(experts: nn.Module) -> bool:
+    return not experts.is_transposed and not experts.has_post_expert_norm
+
+
+def _grouped_mm(experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    supports = getattr(experts, "supports", None)
+    if supports is not None and not supports("grouped_mm", hidden_states.dtype):
+        return _loop(experts, hidden_states, *routing)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, *routing)
+
+
+def _loop(experts: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    # The decorator that makes implementations exchangeable keeps the class's own forward here.
+    return type(experts).forward.__wrapped__(experts, *inputs)
+
+
+class Activation:
+    """What stands between the two projections: [N, F] to [N, I]."""
+
+    def __init__(self, experts: nn.Module):
+        self.function: Callable = experts._apply_gate if experts.has_gate else experts.act_fn
+        gate_is_usual = experts.has_gate and type(experts)._apply_gate.__name__ == "_default_apply_gate"
+        self.is_swiglu = gate_is_usual and type(experts.act_fn) in (SiLUActivation, nn.SiLU)
+
+    def __call__(self, first_NF: torch.Tensor) -> torch.Tensor:
+        return self.function(first_NF)
+
+    def with_backward(self, first_NF: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The output and a function from its gradient to that of the input."""
+        if self.is_swiglu:
+            gate_NI, up_NI = first_NF.chunk(2, dim=-1)
+            silu_NI = F.silu(gate_NI)
+
+            def backward(grad_NI: torch.Tensor) -> torch.Tensor:
+                grad_NF = torch.empty_like(first_NF)
+                grad_gate_NI, grad_up_NI = grad_NF.chunk(2, dim=-1)
+                torch.mul(grad_NI, silu_NI, out=grad_up_NI)
+                torch.ops.aten.silu_backward.grad_input(grad_NI * up_NI, gate_NI, grad_input=grad_gate_NI)
+                return grad_NF
+
+            return silu_NI * up_NI, backward
+        first_NF = first_NF.detach().requires_grad_()
+        with torch.enable_grad():
+            output_NI = self.function(first_NF)
+        return output_NI.detach(), lambda grad_NI: torch.autograd.grad(output_NI, first_NF, grad_NI)[0]
+
+
+def _linear(x_NC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None) -> torch.Tensor:
+    """x @ W.T + b, in whichever order is faster; the result [N, R] may lie in memory as [R, N]."""
+    rows = x_NC.shape[0]
+    if weight_RC.itemsize >= 4 and (rows >= MANY_ROWS or rows in PAIR_OF_ROWS):
+        y_NR = F.linear(x_NC, weight_RC)
+    else:
+        y_NR = torch.mm(weight_RC, x_NC.t().contiguous()).t()
+    return y_NR if bias_R is None else y_NR + bias_R
+
+
+def _run_expert(
+    activation: Activation, x_NH: torch.Tensor, scale_N1: torch.Tensor, weights: ExpertWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One expert on its rows: the first projection [N, F], kept for the backward pass, and the weighted output [N, O]."""
+    first_NF = _linear(x_NH, weights.first_EFH, weights.first_bias_EF)
+    # Scaled before the second projection, so that the backward pass needs no output of it.
+    h_NI = activation(first_NF)
+    y_NO = _linear((h_NI * scale_N1).to(h_NI.dtype), weights.down_EOI, None)
+    if weights.down_bias_EO is not None:
+        y_NO = y_NO + (scale_N1 * weights.down_bias_EO).to(y_NO.dtype)
+    return first_NF, y_NO
+
+
+def _run_one_token(
+    activation: Activation,
+    num_experts: int,
+    top_k_index_1K: torch.Tensor,
+    hidden_1H: torch.Tensor,
+    top_k_weights_1K: torch.Tensor,
+    weights: ExpertWeights,
+) -> torch.Tensor:
+    """Decoding, for inference: nothing to sort, and each expert's rows are the token itself."""
+    output_1O = None
+    for expert, scale_11 in zip(top_k_index_1K[0].tolist(), top_k_weights_1K.split(1, dim=1)):
+        if expert < num_experts:
+            y_1O = _run_expert(activation, hidden_1H, scale_11, weights.of(expert))[1]
+            output_1O = y_1O if output_1O is None else output_1O + y_1O
+    return hidden_1H.new_zeros(1, weights.down_EOI.shape[1]) if output_1O is None else output_1O
+
+
+def _segments(order: ExpertOrder, top_k: int):
+    """The experts that have rows, each with its pairs and their tokens."""
+    start = 0
+    for expert, count in enumerate(order.counts):
+        if count:
+            pair_N = order.pair_P[start : start + count]
+            yield expert, pair_N, pair_N // top_k
+            start += count
+
+
+def _sum_over_choices(rows: list[torch.Tensor], order: ExpertOrder, like_TX: torch.Tensor, width: int) -> torch.Tensor:
+    """From rows in the order of experts to a sum for each token: [T, width]."""
+    tokens, pairs = len(like_TX), len(order.pair_P)
+    if not rows:
+        return like_TX.new_zeros(tokens, width)
+    return _by_pair(rows, order).view(tokens, pairs // tokens, width).sum(dim=1)
+
+
+def _by_pair(rows: list[torch.Tensor], order: ExpertOrder) -> torch.Tensor:
+    """Rows in the order of experts, put into the order of pairs; zero for experts held elsewhere."""
+    pairs, present = len(order.pair_P), sum(order.counts)
+    place_P = torch.empty_like(order.pair_P)
+    place_P[order.pair_P] = torch.arange(pairs)
+    if present < pairs:
+        rows = [*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]
+        place_P = place_P.clamp(max=present)
+    return torch.cat(rows).index_select(0, place_P)
+
+
+def _run(
+    activation: Activation,
+    order: ExpertOrder,
+    hidden_TH: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+    first: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """All experts on their rows, [T, O]. `first` collects the first projections of each."""
+    scale_P1 = top_k_weights_TK.reshape(-1, 1)
+    outputs = []
+    for expert, pair_N, token_N in _segments(order, top_k_weights_TK.shape[1]):
+        first_NF, y_NO = _run_expert(
+            activation, hidden_TH.index_select(0, token_N), scale_P1.index_select(0, pair_N), weights.of(expert)
+        )
+        outputs.append(y_NO)
+        if first is not None:
+            first.append(first_NF)
+    return _sum_over_choices(outputs, order, hidden_TH, weights.down_EOI.shape[1])
+
+
+class _SortedExperts(torch.autograd.Function):
+    """`_run` with a backward pass that touches each weight and each weight's gradient once."""
+
+    @staticmethod
+    def forward(ctx, activation, order, hidden_TH, top_k_weights_TK, *weights):
+        first: list[torch.Tensor] = []
+        output_TO = _run(activation, order, hidden_TH, top_k_weights_TK, ExpertWeights(*weights), first)
+        ctx.activation, ctx.order = activation, order
+        ctx.save_for_backward(hidden_TH, top_k_weights_TK, *weights, *first)
+        return output_TO
+
+    @staticmethod
+    def backward(ctx, grad_TO):
+        inputs, first = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable_backward(ctx.activation, ctx.order, inputs, needed, grad_TO)
+        return None, None, *_backward(ctx.activation, ctx.order, inputs, first, needed, grad_TO)
+
+
+def _backward(
+    activation: Activation,
+    order: ExpertOrder,
+    inputs: tuple[torch.Tensor | None, ...],
+    first: tuple[torch.Tensor, ...],
+    needed: tuple[bool, ...],
+    grad_TO: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """The gradients of hidden states, routing weights and the four parameters, None for those that are not `needed`."""
+    hidden_TH, top_k_weights_TK, *parameters = inputs
+    weights = ExpertWeights(*parameters)
+    needs_hidden, needs_scale, *needs_weights = needed
+    grads = ExpertWeights(*(_fresh_zeros(p) if wanted else None for p, wanted in zip(parameters, needs_weights)))
+    scale_P1 = top_k_weights_TK.reshape(-1, 1)
+    grad_x, grad_scale = [], []
+    for (expert, pair_N, token_N), first_NF in zip(_segments(order, top_k_weights_TK.shape[1]), first):
+        weight, grad = weights.of(expert), grads.of(expert)
+        scale_N1 = scale_P1.index_select(0, pair_N)
+        grad_NO = grad_TO.index_select(0, token_N)
+        h_NI, activation_backward = activation.with_backward(first_NF.contiguous())
+        # The gradient of the scaled activations.
+        grad_NI = torch.mm(grad_NO, weight.down_EOI)
+        if needs_scale:
+            grad_scale_N = (grad_NI * h_NI).sum(dim=-1, dtype=torch.float32)
+            if weight.down_bias_EO is not None:
+                grad_scale_N = grad_scale_N + torch.mv(grad_NO, weight.down_bias_EO)
+            grad_scale.append(grad_scale_N)
+        if grad.down_EOI is not None:
+            _outer_product(grad_NO, (h_NI * scale_N1).to(h_NI.dtype), out=grad.down_EOI)
+        if grad.down_bias_EO is not None:
+            grad.down_bias_EO.copy_((scale_N1 * grad_NO).sum(dim=0))
+        if not (needs_hidden or needs_weights[0] or needs_weights[2]):
+            continue
+        grad_NF = activation_backward(grad_NI.mul_(scale_N1))
+        if needs_hidden:
+            grad_x.append(torch.mm(grad_NF, weight.first_EFH))
+        if grad.first_EFH is not None:
+            _outer_product(grad_NF, hidden_TH.index_select(0, token_N), out=grad.first_EFH)
+        if grad.first_bias_EF is not None:
+            grad.first_bias_EF.copy_(grad_NF.sum(dim=0))
+    grad_hidden_TH = grad_weights_TK = None
+    if needs_hidden:
+        grad_hidden_TH = _sum_over_choices(grad_x, order, hidden_TH, hidden_TH.shape[1])
+    if needs_scale:
+        grad_weights_TK = torch.zeros_like(top_k_weights_TK)
+        if grad_scale:
+            grad_weights_TK = _by_pair(grad_scale, order).view_as(grad_weights_TK).to(grad_weights_TK.dtype)
+    return [grad_hidden_TH, grad_weights_TK, *grads]
+
+
+def _differentiable_backward(
+    activation: Activation,
+    order: ExpertOrder,
+    inputs: tuple[torch.Tensor | None, ...],
+    needed: tuple[bool, ...],
+    grad_TO: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """The same gradients by automatic differentiation, for who wants to differentiate them again."""
+    hidden_TH, top_k_weights_TK, *parameters = inputs
+    output_TO = _run(activation, order, hidden_TH, top_k_weights_TK, ExpertWeights(*parameters))
+    wanted = [tensor for tensor, is_needed in zip(inputs, needed) if is_needed]
+    if not output_TO.requires_grad:
+        found = iter([torch.zeros_like(tensor) for tensor in wanted])
+    else:
+        found = iter(torch.autograd.grad(output_TO, wanted, grad_TO, create_graph=True, materialize_grads=True))
+    return [next(found) if is_needed else None for is_needed in needed]
+
+
+def _outer_product(left_NR: torch.Tensor, right_NC: torch.Tensor, out: torch.Tensor) -> None:
+    """left.T @ right, written into `out` [R, C]."""
+    left_RN = left_NR.t()
+    # The bfloat16 kernels lose half of their speed on a transposed operand.
+    torch.mm(left_RN if left_RN.itemsize >= 4 else left_RN.contiguous(), right_NC, out=out)
+
+
+def _fresh_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros in the shape of `like`. Large ones take no memory before they are written to, and then by large pages."""
+    size = like.numel() * like.itemsize
+    if size < LARGE_BUFFER:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    buffer = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return torch.from_numpy(buffer[start : start + size]).view(like.dtype).view(like.shape)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, unimoe_experts_forward)
