@@ -27,9 +27,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "unimoe"
 
-# Rows from which x @ W.T is as fast as W @ x.T in float32, and the few below it that have a kernel of their own.
+# In float32 a product with few rows runs as a batch of products with blocks of the weight, which are small enough for kernels
+# that read them in place instead of copying them into a layout of their own. From MANY_ROWS the copy no longer matters.
+BLOCK = 64
+FEW_ROWS = 8
 MANY_ROWS = 256
-PAIR_OF_ROWS = (2, 3)
 # Bytes from which fresh zeros are worth asking the operating system for.
 LARGE_BUFFER = 1 << 20
 ALIGNMENT = 64
@@ -174,9 +176,17 @@ class Activation:
 
 def _linear(x_NC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None) -> torch.Tensor:
     """x @ W.T + b, in whichever order is faster; the result [N, R] may lie in memory as [R, N]."""
-    rows = x_NC.shape[0]
-    if weight_RC.itemsize >= 4 and (rows >= MANY_ROWS or rows in PAIR_OF_ROWS):
+    rows, width = x_NC.shape[0], weight_RC.shape[0]
+    if weight_RC.itemsize >= 4 and (rows == 1 or rows >= MANY_ROWS):
         y_NR = F.linear(x_NC, weight_RC)
+    elif weight_RC.itemsize >= 4 and width % BLOCK == 0:
+        blocks_BLC = weight_RC.unflatten(0, (-1, BLOCK))
+        if rows <= FEW_ROWS:
+            y_BNL = torch.bmm(x_NC.expand(len(blocks_BLC), -1, -1), blocks_BLC.transpose(1, 2))
+            y_NR = y_BNL.transpose(0, 1).reshape(rows, width)
+        else:
+            x_CN = x_NC.t().contiguous()
+            y_NR = torch.bmm(blocks_BLC, x_CN.expand(len(blocks_BLC), -1, -1)).view(width, rows).t()
     else:
         y_NR = torch.mm(weight_RC, x_NC.t().contiguous()).t()
     return y_NR if bias_R is None else y_NR + bias_R
@@ -352,9 +362,13 @@ def _differentiable_backward(
 
 def _outer_product(left_NR: torch.Tensor, right_NC: torch.Tensor, out: torch.Tensor) -> None:
     """left.T @ right, written into `out` [R, C]."""
-    left_RN = left_NR.t()
-    # The bfloat16 kernels lose half of their speed on a transposed operand.
-    torch.mm(left_RN if left_RN.itemsize >= 4 else left_RN.contiguous(), right_NC, out=out)
+    rows, width = left_NR.shape
+    if left_NR.itemsize >= 4 and FEW_ROWS < rows < MANY_ROWS and width % BLOCK == 0:
+        blocks_BLN = left_NR.t().contiguous().unflatten(0, (-1, BLOCK))
+        torch.bmm(blocks_BLN, right_NC.expand(len(blocks_BLN), -1, -1), out=out.unflatten(0, (-1, BLOCK)))
+    else:
+        # The bfloat16 kernels lose half of their speed on a transposed operand.
+        torch.mm(left_NR.t() if left_NR.itemsize >= 4 else left_NR.t().contiguous(), right_NC, out=out)
 
 
 def _fresh_zeros(like: torch.Tensor) -> torch.Tensor:
