@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor
 
 from unimoe.processing import feature_extraction_unimoe as module
-from unimoe.processing.feature_extraction_unimoe import UniMoEFeatureExtractor, kaldi_filterbank
+from unimoe.processing.feature_extraction_unimoe import UniMoEFeatureExtractor
 from unimoe.processing.media import load_audio
+from unimoe.processing.spectrograms import kaldi_filterbank
 
 
 @pytest.fixture(scope="module")

@@ -2,79 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, WhisperFeatureExtractor
+from transformers import BatchFeature
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import TensorType, logging
 
+from .spectrograms import kaldi_filterbank, kaldi_window_and_step, repeat_last, whisper_log_mel
+
 logger = logging.get_logger(__name__)
-
-# Kaldi's filterbank as the BEATs checkpoints were trained with it: 25 ms windows every 10 ms.
-WINDOW_SECONDS = 0.025
-STEP_SECONDS = 0.010
-PREEMPHASIS = 0.97
-LOWEST_HZ = 20.0
-# Kaldi works on 16-bit sample values.
-KALDI_SCALE = 32768.0
-
-
-@lru_cache(maxsize=8)
-def _povey_window(length: int) -> torch.Tensor:
-    """Kaldi's default window, a symmetric Hann window to the power 0.85. float32 [length]."""
-    return torch.hann_window(length, periodic=False, dtype=torch.float32).pow(0.85)
-
-
-@lru_cache(maxsize=8)
-def _kaldi_mel_filters(num_mel_bins: int, fft_length: int, sampling_rate: int) -> torch.Tensor:
-    """Triangles straight in mel (1127 ln(1 + f/700)) from 20 Hz to half the rate. float32 [fft/2 + 1, mel bins]."""
-
-    def to_mel(hertz: torch.Tensor) -> torch.Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    ends = to_mel(torch.tensor([LOWEST_HZ, sampling_rate / 2], dtype=torch.float64))
-    edges = torch.linspace(float(ends[0]), float(ends[1]), num_mel_bins + 2, dtype=torch.float64)
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    bins = to_mel(torch.arange(fft_length // 2 + 1, dtype=torch.float64) * sampling_rate / fft_length)[:, None]
-    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
-    filters = torch.minimum(rising, falling).clamp(min=0)
-    # Kaldi leaves the bin at half the sampling rate out.
-    filters[-1] = 0
-    return filters.float()
-
-
-def kaldi_filterbank(waveform: torch.Tensor, num_mel_bins: int, sampling_rate: int) -> torch.Tensor:
-    """Kaldi's log mel filterbank with its default options and no dither.
-
-    Args:
-        waveform: float32 [samples] in -1..1, at least one 25 ms window long.
-        num_mel_bins: triangles between 20 Hz and half the sampling rate.
-        sampling_rate: in Hz.
-
-    Returns:
-        float32 [frames, num_mel_bins] with frames = 1 + (samples - window) // step; only whole windows count.
-    """
-    window_length, step = round(WINDOW_SECONDS * sampling_rate), round(STEP_SECONDS * sampling_rate)
-    fft_length = 1 << (window_length - 1).bit_length()
-    frames = (waveform * KALDI_SCALE).unfold(0, window_length, step)
-    frames = frames - frames.mean(dim=1, keepdim=True)
-    previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
-    frames = (frames - PREEMPHASIS * previous) * _povey_window(window_length)
-    power = torch.fft.rfft(frames, n=fft_length).abs().square()
-    mel = power @ _kaldi_mel_filters(num_mel_bins, fft_length, sampling_rate)
-    return mel.clamp(min=torch.finfo(torch.float32).eps).log()
-
-
-@lru_cache(maxsize=8)
-def _whisper_feature_extractor(
-    feature_size: int, sampling_rate: int, n_fft: int, hop_length: int
-) -> WhisperFeatureExtractor:
-    return WhisperFeatureExtractor(
-        feature_size=feature_size, sampling_rate=sampling_rate, n_fft=n_fft, hop_length=hop_length
-    )
 
 
 class UniMoEFeatureExtractor(SequenceFeatureExtractor):
@@ -157,7 +95,7 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"`audio_std` must be above 0, got {self.audio_std}.")
         if self.sampling_rate < 1000:
             raise ValueError(f"`sampling_rate` is in Hz and must be at least 1000, got {self.sampling_rate}.")
-        window_length = round(WINDOW_SECONDS * self.sampling_rate)
+        window_length, _ = kaldi_window_and_step(self.sampling_rate)
         if self.audio_chunk_samples < window_length:
             raise ValueError(
                 f"`audio_chunk_samples` must hold at least one window of {window_length} samples, "
@@ -182,7 +120,7 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
     @property
     def audio_num_frames(self) -> int:
         """Filterbank frames of one chunk (2998 for 30 s): only whole windows count."""
-        window_length, step = round(WINDOW_SECONDS * self.sampling_rate), round(STEP_SECONDS * self.sampling_rate)
+        window_length, step = kaldi_window_and_step(self.sampling_rate)
         return 1 + (self.audio_chunk_samples - window_length) // step
 
     @property
@@ -205,7 +143,8 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             ValueError: a sound is not one-dimensional, has no samples, or has NaN or infinite ones.
         """
-        frames, step = self.audio_num_frames, round(STEP_SECONDS * self.sampling_rate)
+        frames = self.audio_num_frames
+        _, step = kaldi_window_and_step(self.sampling_rate)
         frame_starts = np.arange(frames) * step
         values, masks, num_chunks = [], [], []
         for index, waveform in enumerate(waveforms):
@@ -214,9 +153,8 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
                 samples, self.audio_chunk_samples, self.audio_chunk_samples, self.audio_max_chunks, f"audio[{index}]"
             )
             for chunk in chunks:
-                padded = np.pad(chunk, (0, self.audio_chunk_samples - len(chunk)), mode="edge")
-                filterbank = kaldi_filterbank(torch.from_numpy(padded), self.num_mel_bins, self.sampling_rate)
-                values.append(((filterbank - self.audio_mean) / (2 * self.audio_std)).numpy())
+                filterbank = self._filterbank(chunk)
+                values.append(filterbank.sub_(self.audio_mean).div_(2 * self.audio_std).numpy())
                 masks.append((frame_starts < len(chunk)).astype(np.int64))
             num_chunks.append(len(chunks))
         return {
@@ -225,8 +163,18 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
             "num_chunks": num_chunks,
         }
 
+    def _filterbank(self, chunk: np.ndarray) -> torch.Tensor:
+        """[frames, num_mel_bins] of a chunk filled up with its last sample."""
+        window_length, step = kaldi_window_and_step(self.sampling_rate)
+        # From the last sample on all frames are equal: one of them is computed.
+        num_computed = min(self.audio_num_frames, math.ceil((len(chunk) - 1) / step) + 1)
+        length = (num_computed - 1) * step + window_length
+        filled = np.pad(chunk[:length], (0, max(0, length - len(chunk))), mode="edge")
+        filterbank = kaldi_filterbank(torch.from_numpy(filled), self.num_mel_bins, self.sampling_rate)
+        return repeat_last(filterbank, self.audio_num_frames)
+
     def extract_speech(self, waveforms: Sequence[Any]) -> dict[str, Any]:
-        """Whisper log-mels: every chunk alone through Transformers' own `WhisperFeatureExtractor`.
+        """Whisper log-mels of every chunk alone, equal to what Transformers' `WhisperFeatureExtractor` gives.
 
         Args:
             waveforms: mono recordings, each [samples] in -1..1 at `sampling_rate`.
@@ -238,9 +186,6 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             ValueError: a recording is not one-dimensional, has no samples, or has NaN or infinite ones.
         """
-        extractor = _whisper_feature_extractor(
-            self.speech_feature_size, self.sampling_rate, self.n_fft, self.hop_length
-        )
         features, num_chunks = [], []
         for index, waveform in enumerate(waveforms):
             name = f"speech[{index}]"
@@ -249,14 +194,15 @@ class UniMoEFeatureExtractor(SequenceFeatureExtractor):
                 samples, self.speech_chunk_samples, self.speech_chunk_stride, self.speech_max_chunks, name
             )
             for chunk in chunks:
-                batch = extractor(
+                log_mel = whisper_log_mel(
                     chunk,
-                    sampling_rate=self.sampling_rate,
-                    max_length=self.speech_chunk_samples,
-                    return_attention_mask=False,
-                    return_tensors="np",
+                    self.speech_chunk_samples,
+                    self.speech_feature_size,
+                    self.sampling_rate,
+                    self.n_fft,
+                    self.hop_length,
                 )
-                features.append(batch["input_features"][0])
+                features.append(log_mel.T.numpy())
             num_chunks.append(len(chunks))
         empty = np.zeros((0, self.speech_feature_size, self.speech_num_frames), np.float32)
         return {"input_features": np.stack(features) if features else empty, "num_chunks": num_chunks}
