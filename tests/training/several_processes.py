@@ -2,17 +2,20 @@
 
 import multiprocessing
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
+from torch.multiprocessing.spawn import ProcessException
 
 # Imported once, by a server that all processes are forked from.
 _IMPORTS = ["transformers.trainer", "peft", "unimoe.training.stages"]
 
 
-def run(function, *arguments: Any, processes: int = 2, timeout: float = 120.0) -> None:
+def run(function: Callable, *arguments: Any, processes: int = 2, timeout: float = 120.0) -> None:
     """Calls `function(*arguments)` in every process; it must stand at the top of a module.
 
     Raises:
@@ -28,20 +31,18 @@ def run(function, *arguments: Any, processes: int = 2, timeout: float = 120.0) -
         join=False,
         start_method="forkserver",
     )
+    end = time.monotonic() + timeout
     try:
-        import time
-
-        end = time.monotonic() + timeout
         while not context.join(timeout=1.0):
             assert time.monotonic() < end, f"not done after {timeout} s"
-    except torch.multiprocessing.ProcessRaisedException as error:
+    except ProcessException as error:
         raise AssertionError(str(error)) from None
     finally:
         for process in context.processes:
             process.kill()
 
 
-def _begin(rank: int, processes: int, port: int, function, arguments: tuple) -> None:
+def _begin(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

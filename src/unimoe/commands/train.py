@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains. Raises ValueError, OSError or ImportError, with a message for the user, for whatever cannot be done."""
     try:
-        import accelerate  # noqa: F401
+        import accelerate
     except ImportError:
         raise ImportError("training needs accelerate: pip install 'unimoe[train]'") from None
     if not args.recipe.is_file():
@@ -32,5 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from ..training.stages import run_recipe
 
     folder = run_recipe(Recipe.read(args.recipe), resume=args.resume)
-    print(f"done: {folder}")
+    if accelerate.PartialState().is_main_process:
+        print(f"done: {folder}")
     return 0

@@ -6,10 +6,11 @@ from transformers import PreTrainedModel
 
 from .configuration_unimoe import UniMoEConfig
 from .connectors import init_connector_weights
+from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import init_sparse_moe_weights
 
 
-class UniMoEPreTrainedModel(PreTrainedModel):
+class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
     config: UniMoEConfig
     base_model_prefix = "model"
     input_modalities = ("image", "video", "audio", "text")
@@ -43,7 +44,13 @@ class UniMoEPreTrainedModel(PreTrainedModel):
 
         (Transformers' default would write the towers and a Mixtral decoder under their pre-v5 names.)
         """
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        own = type(self)
+        # FSDP replaces the class of a model that it shards, and Transformers would save the code of that class beside it.
+        self.__class__ = next(cls for cls in own.__mro__ if not cls.__name__.startswith("FSDP"))
+        try:
+            return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        finally:
+            self.__class__ = own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

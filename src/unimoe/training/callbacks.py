@@ -169,7 +169,10 @@ def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 
 class DataMonitor(TrainerCallback):
-    """Adds to each log how many records were found bad so far: `data/unreadable`, `data/truncated`, `data/without_answer`."""
+    """Adds to each log how many records were found bad so far: `data/unreadable`, `data/truncated`, `data/without_answer`.
+
+    With several processes a record that more than one of them found bad counts once.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -178,6 +181,8 @@ class DataMonitor(TrainerCallback):
         """Adds the counts that are not 0."""
         if logs is None or "loss" not in logs:
             return
+        if hasattr(self.dataset, "share_marks"):
+            self.dataset.share_marks(args.device)
         counts = {f"data/{name}": count for name, count in self.dataset.counts().items() if count}
         logs.update(counts)
         if state.log_history:

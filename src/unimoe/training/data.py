@@ -88,6 +88,18 @@ class ConversationDataset(Dataset):
         """How many records were found `unreadable`, `truncated` or `without_answer` so far, each counted once."""
         return {name: int(marks.sum()) for name, marks in self._marks.items()}
 
+    def share_marks(self, device: torch.device | str = "cpu") -> None:
+        """Makes `counts` those of all processes; every process must call it.
+
+        Args:
+            device: where tensors that are sent must lie.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for marks in self._marks.values():
+                everywhere = marks.to(device=device, dtype=torch.uint8)
+                torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MAX)
+                marks |= everywhere.cpu().bool()
+
     def _candidates(self, index: int) -> Iterator[int]:
         """The record itself, then those of the same mix that follow it, round to the first."""
         index %= len(self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import DistributedConfig, TrainingArguments
 
 from .parts import PARTS
 
@@ -55,6 +55,8 @@ class Recipe:
         sampling: "shuffled", "sorted" (see `ModalityGroupedSampler`) or "none" for Trainer's own order.
         dtype: of the weights in training.
         trainer: fields of `TrainingArguments`.
+        distributed: fields of `transformers.DistributedConfig`, for weights that are sharded when they are loaded
+            (`fsdp_size`, `ep_size`, `tp_size`, ...). `Trainer` cannot resume such a run, nor does an adapter fit one.
     """
 
     model: str
@@ -71,6 +73,7 @@ class Recipe:
     sampling: str = "shuffled"
     dtype: str = "float32"
     trainer: dict[str, Any] = field(default_factory=dict)
+    distributed: dict[str, Any] | None = None
 
     def __post_init__(self):
         """Raises ValueError for whatever can be seen to be wrong without reading a file."""
@@ -92,6 +95,18 @@ class Recipe:
             raise ValueError(f"dtype: {self.dtype!r} is unknown; it is 'float32', 'bfloat16' or 'float16'")
         known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} - {"output_dir"}
         _check_keys("trainer", self.trainer, tuple(known), show=False)
+        _check_keys(
+            "distributed", self.distributed, tuple(item.name for item in dataclasses.fields(DistributedConfig))
+        )
+        if self.distributed is not None and self.lora is not None:
+            raise ValueError(
+                "distributed: PEFT's adapters do not fit weights that are sharded when they are loaded; use DDP or "
+                "'fsdp: true' under 'trainer'"
+            )
+        if self.sampling == "none" and (self.distributed is not None or self.trainer.get("fsdp")):
+            raise ValueError(
+                "sampling: with sharded weights all processes must run the same towers; it is 'shuffled' or 'sorted'"
+            )
 
     @classmethod
     def read(cls, file: str | os.PathLike) -> "Recipe":
@@ -125,9 +140,17 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from None
 
-    def identity(self) -> dict[str, Any]:
-        """What a continuation must have in common with the run that it continues, as it stands in JSON."""
+    def identity(self, num_processes: int = 1) -> dict[str, Any]:
+        """What a continuation must have in common with the run that it continues, as it stands in JSON.
+
+        How a step is cut over processes and micro-batches may differ, not the number of its samples.
+        """
         content = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
+        trainer = dict(content["trainer"])
+        content["samples_per_step"] = num_processes
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            content["samples_per_step"] *= trainer.pop(name, TrainingArguments.__dataclass_fields__[name].default)
+        content["trainer"] = trainer
         return json.loads(json.dumps(content, sort_keys=True))
 
 

@@ -2,12 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    DistributedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -43,10 +53,12 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
         ValueError: the output holds another run, the model or an expert's checkpoint does not fit, or an argument is wrong.
     """
     output = Path(recipe.output)
-    state = PartialState()
     if not (Path(recipe.model) / "config.json").is_file():
         raise ValueError(f"model: {recipe.model} has no config.json; give the folder of a checkpoint")
     arguments = training_arguments(recipe)
+    # After the arguments, which decide on the devices and the backend.
+    state = PartialState()
+    _check_processes(recipe, arguments, state, resume)
     processor = AutoProcessor.from_pretrained(recipe.model)
     train_data, eval_data = (
         ConversationDataset(
@@ -61,12 +73,14 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
         for files in (recipe.data, recipe.eval_data)
     )
     if state.is_main_process:
-        _claim(output, recipe, resume)
+        _claim(output, recipe, resume, state.num_processes)
     state.wait_for_everyone()
     # Before any weight is drawn: those of adapters and routers depend on it.
     set_seed(arguments.seed)
     base = _starting_point(recipe, processor, output, state)
-    model = prepare_model(AutoModelForMultimodalLM.from_pretrained(base, dtype=recipe.dtype), recipe)
+    sharding = None if recipe.distributed is None else DistributedConfig(**recipe.distributed)
+    model = AutoModelForMultimodalLM.from_pretrained(base, dtype=recipe.dtype, distributed_config=sharding)
+    model = prepare_model(model, recipe)
     trainer = ModalityTrainer(
         model=model,
         args=arguments,
@@ -79,9 +93,11 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
     checkpoint = last_whole_checkpoint(output) if resume else None
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    with all_layers(model) if sharding is not None or arguments.fsdp else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    save_run(trainer, base, processor, output)
+    train_data.share_marks(arguments.device)
     if state.is_main_process:
-        _save(model, processor, output)
         for kind, count in train_data.counts().items():
             if count:
                 print(f"{count} of {len(train_data)} records: {kind.replace('_', ' ')}")
@@ -97,11 +113,30 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "logging_steps": 10,
         "save_steps": 500,
         "save_total_limit": 2,
+        # Trainer cannot save the optimizer of weights that were sharded when they were loaded.
+        "save_strategy": "steps" if recipe.distributed is None else "no",
     }
     # The collator takes samples, of which Trainer knows no columns.
     return TrainingArguments(
         output_dir=recipe.output, **{**defaults, **recipe.trainer, "remove_unused_columns": False}
     )
+
+
+def _check_processes(recipe: Recipe, arguments: TrainingArguments, state: PartialState, resume: bool) -> None:
+    """Raises ValueError where these processes cannot do what the recipe says."""
+    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        # It would train a whole copy in each process, without a word.
+        raise ValueError(
+            f"trainer: fsdp works on GPUs only; on CPU write 'distributed: {{fsdp_size: {state.num_processes}}}' instead"
+        )
+    if recipe.distributed is None:
+        return
+    sharding = DistributedConfig(**recipe.distributed)
+    needed = sharding.dp_size * sharding.tp_size * sharding.pp_size
+    if needed != state.num_processes:
+        raise ValueError(f"distributed: made for {needed} processes, but this run has {state.num_processes}")
+    if resume:
+        raise ValueError("distributed: Trainer cannot resume a run whose weights are sharded when they are loaded")
 
 
 def prepare_model(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
@@ -128,12 +163,12 @@ def last_whole_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
+def _claim(output: Path, recipe: Recipe, resume: bool, num_processes: int) -> None:
     """Makes the output folder this recipe's. Raises ValueError where it belongs to another run."""
     file = output / RECIPE_FILE
     if file.is_file():
         previous = json.loads(file.read_text())
-        current = recipe.identity()
+        current = recipe.identity(num_processes)
         differing = sorted(key for key in previous | current if previous.get(key) != current.get(key))
         if not resume:
             raise ValueError(f"output: {output} holds a run; pass --resume to go on with it, or give another folder")
@@ -149,7 +184,7 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"output: {output} is not empty and holds no run; give another folder")
     output.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(recipe.identity(), indent=2))
+    partial.write_text(json.dumps(recipe.identity(num_processes), indent=2))
     partial.rename(file)
 
 
@@ -178,18 +213,62 @@ def _starting_point(recipe: Recipe, processor: Any, output: Path, state: Partial
     return str(folder)
 
 
-def _save(model: PreTrainedModel | PeftModel, processor: Any, output: Path) -> None:
-    if isinstance(model, PeftModel):
-        _write_whole(output / "adapter", model)
-        model = model.merge_and_unload()
-    _write_whole(output / "model", model, processor)
+@contextmanager
+def all_layers(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """No LayerDrop inside: where weights are sharded, a layer that one process skips would leave the others waiting."""
+    audio = model.config.audio_config
+    layerdrop = None if audio is None else audio.layerdrop
+    if audio is not None:
+        audio.layerdrop = 0.0
+    try:
+        yield
+    finally:
+        if audio is not None:
+            audio.layerdrop = layerdrop
 
 
-def _write_whole(folder: Path, model: PreTrainedModel | PeftModel, processor: Any = None) -> None:
+def save_run(trainer: Trainer, base: str, processor: Any, output: Path) -> None:
+    """Writes `<output>/model` and with an adapter `<output>/adapter`, whole, from weights that may be sharded.
+
+    Every process must call it.
+
+    Args:
+        trainer: after training.
+        base: folder of the model that an adapter belongs to.
+        processor: saved beside the model.
+        output: folder of the run.
+    """
+    model, state = trainer.accelerator.unwrap_model(trainer.model), PartialState()
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.is_distributed_loading_by_transformers:
+        # All processes give their shards; the first one writes.
+        _write_whole(output / "model", model, processor, is_main_process=state.is_main_process)
+    elif state.is_main_process and not isinstance(model, PeftModel):
+        _write_whole(output / "model", model, processor, state_dict=weights)
+    elif state.is_main_process:
+        _write_whole(output / "adapter", model, state_dict=weights)
+        if weights is not None:
+            # The weights at hand are shards.
+            whole = AutoModelForMultimodalLM.from_pretrained(base, dtype=model.dtype)
+            model = PeftModel.from_pretrained(whole, str(output / "adapter"))
+        _write_whole(output / "model", model.merge_and_unload(), processor)
+    state.wait_for_everyone()
+
+
+def _write_whole(
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    processor: Any = None,
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
     """Saves beside the folder and then gives it its name, so that a folder of that name is always whole."""
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    if is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, is_main_process=is_main_process, **kwargs)
+    if not is_main_process:
+        return
     if processor is not None:
         processor.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -35,6 +35,11 @@ class ModalityTrainer(Trainer):
             self.args.ddp_find_unused_parameters = True
         super().create_accelerator_and_postprocess()
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's, but waits for all processes: what is written next marks the checkpoint as whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.sampling is None or not hasattr(dataset, "types"):
