@@ -155,7 +155,7 @@ def test_attention_implementations_agree(model, attention):
     torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts", ["unimoe", "eager", "grouped_mm", "batched_mm"])
 @torch.no_grad()
 def test_experts_implementation_is_what_the_user_set(model, experts, tmp_path):
     inputs = tiny_inputs(model.config)
@@ -176,9 +176,9 @@ def test_experts_implementation_is_what_the_user_set(model, experts, tmp_path):
 
 def test_experts_implementation_default_and_per_sub_config(tmp_path):
     model = UniMoEForConditionalGeneration(tiny_config(vision_sparsity={"layers": [0], "num_experts": 2}))
-    assert model.config._experts_implementation == "grouped_mm"
-    assert model.config.text_config._experts_implementation == "grouped_mm"
-    assert model.config.vision_config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "unimoe"
+    assert model.config.text_config._experts_implementation == "unimoe"
+    assert model.config.vision_config._experts_implementation == "unimoe"
     model.save_pretrained(tmp_path)
     asked = {"text_config": "batched_mm", "vision_config": "eager"}
     loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=asked)

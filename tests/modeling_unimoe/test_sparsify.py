@@ -39,7 +39,7 @@ from transformers import (
 from unimoe.modeling_unimoe.sparse_moe import UniMoESparseMoeBlock, init_sparse_moe_weights
 from unimoe.modeling_unimoe.sparsify import load_sparsified, resolve_layers, sparsify
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["unimoe", "eager", "grouped_mm", "batched_mm"]
 TEXT = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -138,17 +138,20 @@ def count_calls(monkeypatch, name):
 
 
 def test_experts_implementation_is_what_the_user_set(sparse_llama, monkeypatch):
-    calls = {name: count_calls(monkeypatch, name) for name in ("grouped_mm", "batched_mm")}
-    assert sparse_llama.config._experts_implementation == "grouped_mm"
+    calls = {name: count_calls(monkeypatch, name) for name in ("unimoe", "grouped_mm", "batched_mm")}
+    assert sparse_llama.config._experts_implementation == "unimoe"
     run(sparse_llama)
-    assert (len(calls["grouped_mm"]), len(calls["batched_mm"])) == (2, 0)
+    assert [len(calls[name]) for name in calls] == [2, 0, 0]
+    sparse_llama.set_experts_implementation("grouped_mm")
+    run(sparse_llama)
+    assert [len(calls[name]) for name in calls] == [2, 2, 0]
     sparse_llama.set_experts_implementation("batched_mm")
     assert sparse_llama.config._experts_implementation == "batched_mm"
     run(sparse_llama)
-    assert (len(calls["grouped_mm"]), len(calls["batched_mm"])) == (2, 2)
+    assert [len(calls[name]) for name in calls] == [2, 2, 2]
     sparse_llama.config._experts_implementation = "eager"
     run(sparse_llama)
-    assert (len(calls["grouped_mm"]), len(calls["batched_mm"])) == (2, 2)
+    assert [len(calls[name]) for name in calls] == [2, 2, 2]
     with pytest.raises(ValueError, match="warp_drive"):
         sparse_llama.set_experts_implementation("warp_drive")
 
@@ -229,7 +232,7 @@ def test_copies_and_pickles(sparse_llama):
         assert torch.equal(other(IDS).logits, sparse_llama(IDS).logits)
         other.set_experts_implementation("eager")
         assert len(other(IDS, output_router_logits=True).router_logits) == 2
-    assert sparse_llama.config._experts_implementation == "grouped_mm"
+    assert sparse_llama.config._experts_implementation == "unimoe"
 
 
 @pytest.mark.parametrize("kind", ["llama", "clip", "siglip", "phi"])
@@ -243,7 +246,7 @@ def test_saved_and_loaded_again(kind, tmp_path):
     assert not any(info.values()), info
     assert type(again) is type(model) and not again.training
     assert torch.equal(run(again)[0], run(model)[0])
-    assert again.config._experts_implementation == "grouped_mm"
+    assert again.config._experts_implementation == "unimoe"
     assert load_sparsified(tmp_path, experts_implementation="eager").config._experts_implementation == "eager"
     assert load_sparsified(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
     # What was loaded saves and loads as what was made.

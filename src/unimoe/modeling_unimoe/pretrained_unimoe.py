@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from .configuration_unimoe import UniMoEConfig
 from .connectors import init_connector_weights
 from .sorted_experts import PrefersUnimoeExperts
+from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import init_sparse_moe_weights
 
 

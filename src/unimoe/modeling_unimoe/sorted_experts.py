@@ -37,6 +37,15 @@ LARGE_BUFFER = 1 << 20
 ALIGNMENT = 64
 
 
+class PrefersUnimoeExperts:
+    """Mixin of models: "unimoe" runs their experts where nobody has chosen an implementation."""
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and self._can_set_experts_implementation():
+            return IMPLEMENTATION
+        return super().get_correct_experts_implementation(requested_experts)
+
+
 class ExpertOrder(NamedTuple):
     """The pairs of token and expert, sorted by expert.
 
@@ -285,7 +294,9 @@ class _SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TO):
-        inputs, first = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        # Read once: activation checkpointing gives them out a single time.
+        saved = ctx.saved_tensors
+        inputs, first = saved[:6], saved[6:]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_backward(ctx.activation, ctx.order, inputs, needed, grad_TO)

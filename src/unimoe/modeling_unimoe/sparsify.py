@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import (
 
 from .configuration_unimoe import resolve_layers
 from .router import UniMoETopKRouter, resolve_router_dtype
+from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
 
 CONFIG_KEY = "unimoe_sparsity"
@@ -43,8 +44,8 @@ def sparsify(
     `model` is a stack of layers with an `mlp` each (LlamaModel, CLIPVisionModel, ...) or a model around exactly one
     such stack (LlamaForCausalLM). Its parameters are then named `...layers.N.mlp.gate.weight`,
     `...mlp.experts.gate_up_proj` and so on (see `UniMoESparseMoeBlock`). Afterwards
-    - `model.set_experts_implementation(...)` and `config._experts_implementation` work, "grouped_mm" being the default
-      as everywhere in Transformers (a choice other than "eager" made before stays);
+    - `model.set_experts_implementation(...)` and `config._experts_implementation` work, this package's "unimoe"
+      being the default (a choice other than "eager" made before stays);
     - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer;
     - `isinstance`, `generate`, gradient checkpointing, adapters, expert parallelism and `save_pretrained` work as
       before. What was saved is read back by `load_sparsified`, provided that `model` is the model that is saved and
@@ -216,7 +217,7 @@ def _extend_parallel_plans(model: PreTrainedModel, stack_name: str, block: UniMo
         }
 
 
-class SparseModelMixin:
+class SparseModelMixin(PrefersUnimoeExperts):
     """What a stock model class needs to know about the sparse blocks inside it; see `sparse_class`."""
 
     _stock_class: type[PreTrainedModel]
