@@ -1,12 +1,14 @@
 """What all UniMoE models share: what Transformers may set on them, initial weights, saving and strict loading."""
 
+import os
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter_check import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from .configuration_unimoe import UniMoEConfig
 from .connectors import init_connector_weights
-from .sorted_experts import PrefersUnimoeExperts
 from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import init_sparse_moe_weights
 
@@ -52,6 +54,20 @@ class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
             return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         finally:
             self.__class__ = own
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As [`PreTrainedModel.load_adapter`], which also serves `from_pretrained` with an adapter's folder.
+
+        Raises:
+            ValueError: The adapter was made for another model; names what differs.
+        """
+        is_local = isinstance(peft_model_id, (str, os.PathLike)) and all(
+            os.path.isfile(os.path.join(peft_model_id, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)
+        )
+        # An adapter that is there already has renamed modules.
+        if is_local and not self._hf_peft_config_loaded:
+            check_adapter(self, peft_model_id)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
