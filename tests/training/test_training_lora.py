@@ -1,5 +1,7 @@
 """Adapters on attention, dense FFNs, 3-D experts and routers: reach, equal logits after saving and merging, refusals."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -105,6 +107,7 @@ def test_refusals(make_model, model_folder, processor, tmp_path):
     with pytest.raises(ValueError, match="adapter_config.json"):
         load_adapter(model, tmp_path)
     adapted(make_model()).save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config = model.config
     text = tiny_text_config(vocab_size=config.text_config.vocab_size)
     for changed, sparsity, words in (
@@ -114,8 +117,15 @@ def test_refusals(make_model, model_folder, processor, tmp_path):
         (text, type(config.text_sparsity)(layers="even", num_experts=6), "another model.*experts"),
     ):
         other = type(config)(**{**config.to_dict(), "text_config": changed, "text_sparsity": sparsity})
+        other = UniMoEForConditionalGeneration(other)
         with pytest.raises(ValueError, match=words):
-            load_adapter(UniMoEForConditionalGeneration(other), tmp_path / "adapter")
+            load_adapter(other, tmp_path / "adapter")
+        # Also where the base of an adapter has been replaced since.
+        other.save_pretrained(tmp_path / "base")
+        settings["base_model_name_or_path"] = str(tmp_path / "base")
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=words):
+            AutoModelForMultimodalLM.from_pretrained(tmp_path / "adapter")
 
 
 def test_freezing_and_the_report(make_model):
