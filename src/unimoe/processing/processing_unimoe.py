@@ -21,10 +21,12 @@ from .media_inputs import ARGUMENTS, SOUNDS, PerText, Slot, assign_items, count_
 # line the pipeline that the model's config names would be left behind.
 from .pipeline_unimoe import AnyToTextPipeline  # noqa: F401
 from .prompting import (
+    EncodedConversation,
     Piece,
     Segment,
     check_texts,
     expand_segments,
+    media_spans,
     pad_rows,
     split_prompt,
     tokenize_pieces,
@@ -230,11 +232,11 @@ class UniMoEProcessor(ProcessorMixin):
             self._check_lengths(prompts, slots_of_texts, chunks_of_texts, limit)
         rows = []
         for i, (prompt, slots, chunks) in enumerate(zip(prompts, slots_of_texts, chunks_of_texts)):
-            kinds_of_slots = [self._tower(slot.kind) for slot in slots]
+            towers, lengths = self._towers_and_lengths(slots, chunks)
             row = expand_segments(
                 prompt,
-                [self.num_tokens(kind) * count for kind, count in zip(kinds_of_slots, chunks)],
-                [getattr(self, f"{kind}_token_id") for kind in kinds_of_slots],
+                lengths,
+                [self._token_id(tower) for tower in towers],
                 answer_spans[i] if answer_spans is not None else None,
             )
             rows.append(truncate_row(row, limit, f"text[{i}]") if options.truncation and limit else row)
@@ -251,6 +253,40 @@ class UniMoEProcessor(ProcessorMixin):
         if options.return_tensors is not None and len({len(row) for row in columns["input_ids"]}) > 1:
             raise ValueError("the texts have different lengths; pass padding=True to get tensors of them.")
         return BatchFeature({**columns, **features}, tensor_type=options.return_tensors)
+
+    def encode_conversation(self, messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> EncodedConversation:
+        """One conversation for training: of any length, with its answers marked and its media located.
+
+        Args:
+            messages: as `apply_chat_template` takes them, their media blocks without items.
+            media: the items of each kind, in the order of their blocks.
+
+        Raises:
+            ValueError: items and placeholders do not match, or an item cannot be decoded.
+        """
+        texts, answer_spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=self._resolve_chat_template(None),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        pieces = split_prompt(texts[0], self.placeholders)
+        items = {kind: [PerText(media[kind])] if media.get(kind) else None for kind in ARGUMENTS}
+        slots_of_texts = self._assign([pieces], items)
+        segments = tokenize_pieces(self.tokenizer, pieces)
+        features, (chunks,) = self._prepare_media(slots_of_texts, CallOptions())
+        towers, lengths = self._towers_and_lengths(slots_of_texts[0], chunks)
+        row = expand_segments(segments, lengths, [self._token_id(tower) for tower in towers], answer_spans[0])
+        spans = media_spans(segments, lengths)
+        return EncodedConversation(row, [(tower, *span) for tower, span in zip(towers, spans)], features)
+
+    def _towers_and_lengths(self, slots: list[Slot], chunks: list[int]) -> tuple[list[str], list[int]]:
+        """The tower that takes each item, and the tokens that it becomes."""
+        towers = [self._tower(slot.kind) for slot in slots]
+        return towers, [self.num_tokens(tower) * count for tower, count in zip(towers, chunks)]
+
+    def _token_id(self, tower: str) -> int:
+        return getattr(self, f"{tower}_token_id")
 
     def split(self, text: list[str], media: dict[str, Any], sampling_rate: int | None = None) -> list[dict[str, Any]]:
         """The arguments of one call for each text, out of those for all of them.

@@ -34,6 +34,21 @@ class Segment:
     spans: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class EncodedConversation:
+    """One conversation as a model is trained on it.
+
+    Args:
+        row: `input_ids`, `attention_mask`, `mm_token_type_ids` and `assistant_masks` (1: a token of an answer).
+        media: for each item, in order, the tower that takes it and where its tokens begin and end in the row.
+        features: the model's inputs beside the row, as `UniMoEProcessor.__call__` returns them.
+    """
+
+    row: dict[str, list[int]]
+    media: list[tuple[str, int, int]]
+    features: dict[str, Any]
+
+
 def check_texts(text: Any) -> list[str]:
     """One text or several as a list. Raises TypeError for anything else, ValueError for an empty one."""
     texts = [text] if isinstance(text, str) else text
@@ -111,6 +126,17 @@ def expand_segments(
     if answer_spans is not None:
         row["assistant_masks"] = answers
     return row
+
+
+def media_spans(segments: list[Segment], lengths: list[int]) -> list[tuple[int, int]]:
+    """Where the tokens of each medium begin and end in the row that `expand_segments` makes."""
+    spans, start, media = [], 0, iter(lengths)
+    for segment in segments:
+        length = len(segment.ids) if segment.kind is None else next(media)
+        if segment.kind is not None:
+            spans.append((start, start + length))
+        start += length
+    return spans
 
 
 def truncate_row(row: dict[str, list[int]], limit: int, name: str) -> dict[str, list[int]]:

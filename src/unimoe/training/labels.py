@@ -4,11 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..processing.call_options import CallOptions
-from ..processing.media_inputs import ARGUMENTS, PerText
-from ..processing.prompting import expand_segments, split_prompt, tokenize_pieces
 from .records import DataError, Record
 
 IGNORED = -100
@@ -45,7 +41,9 @@ def check_processor(processor: Any) -> None:
     Raises:
         DataError: its template has no `{% generation %}`, or its tokenizer does not tell where a token stands.
     """
-    template = processor._resolve_chat_template(None)
+    template = processor.chat_template
+    if isinstance(template, dict):
+        template = template.get("default", "")
     if "generation" not in template or "endgeneration" not in template:
         raise DataError("the processor's chat template marks no answers: put them inside {% generation %}")
     if not getattr(processor.tokenizer, "is_fast", False):
@@ -70,23 +68,9 @@ def encode(processor: Any, record: Record, max_length: int | None = None) -> Sam
         MediaError: an item cannot be decoded.
         ValueError: items and placeholders do not match.
     """
-    texts, spans = render_jinja_template(
-        conversations=[record.messages],
-        chat_template=processor._resolve_chat_template(None),
-        return_assistant_tokens_mask=True,
-        **processor.tokenizer.special_tokens_map,
-    )
-    pieces = split_prompt(texts[0], processor.placeholders)
-    media = {kind: [PerText(record.media[kind])] if record.media.get(kind) else None for kind in ARGUMENTS}
-    slots = processor._assign([pieces], media)
-    options = CallOptions.read({}, {})
-    segments = tokenize_pieces(processor.tokenizer, pieces)
-    features, repeats = processor._prepare_media(slots, options)
-    towers = [processor._tower(slot.kind) for slot in slots[0]]
-    lengths = [processor.num_tokens(tower) * count for tower, count in zip(towers, repeats[0])]
-    token_ids = [getattr(processor, f"{tower}_token_id") for tower in towers]
-    row = expand_segments(segments, lengths, token_ids, spans[0])
-    end = _cut(row["mm_token_type_ids"], segments, lengths, max_length)
+    encoded = processor.encode_conversation(record.messages, record.media)
+    row = encoded.row
+    end = _cut(len(row["input_ids"]), encoded.media, max_length)
     truncated = end < len(row["input_ids"])
     ids = torch.tensor(row["input_ids"][:end])
     answers = torch.tensor(row["assistant_masks"][:end], dtype=torch.bool)
@@ -95,22 +79,17 @@ def encode(processor: Any, record: Record, max_length: int | None = None) -> Sam
         "attention_mask": torch.ones_like(ids),
         "labels": torch.where(answers, ids, torch.full_like(ids, IGNORED)),
     }
-    for tower in dict.fromkeys(towers):
-        rows = int((ids == getattr(processor, f"{tower}_token_id")).sum()) // processor.num_tokens(tower)
+    for tower in dict.fromkeys(tower for tower, _, _ in encoded.media):
+        rows = sum(stop - start for other, start, stop in encoded.media if other == tower and stop <= end)
+        rows //= processor.num_tokens(tower)
         for name in TOWER_INPUTS[tower]:
-            if rows and name in features:
-                inputs[name] = torch.as_tensor(features[name][:rows])
+            if rows and name in encoded.features:
+                inputs[name] = torch.as_tensor(encoded.features[name][:rows])
     return Sample(inputs, truncated)
 
 
-def _cut(types: list[int], segments: list, lengths: list[int], max_length: int | None) -> int:
+def _cut(length: int, media: list[tuple[str, int, int]], max_length: int | None) -> int:
     """Where a row ends: at `max_length`, or at the beginning of the medium that stands there."""
-    if max_length is None or len(types) <= max_length:
-        return len(types)
-    start, media = 0, iter(lengths)
-    for segment in segments:
-        end = start + (next(media) if segment.kind is not None else len(segment.ids))
-        if segment.kind is not None and start < max_length < end:
-            return start
-        start = end
-    return max_length
+    if max_length is None or length <= max_length:
+        return length
+    return next((start for _, start, end in media if start < max_length < end), max_length)
