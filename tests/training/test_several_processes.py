@@ -39,6 +39,8 @@ LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}
 DDP = {
     "all_weights": {"train": ["all"]},
     "accumulated": {"train": ["all"], "trainer": {"gradient_accumulation_steps": 2}},
+    # Balancing losses of whole batches, in which processes have unlike parts.
+    "batch_scope": {"train": ["all"], "model": "batch_scope", "sampling": "none"},
     "adapter": {"lora": LORA, "trainer": {"optim": "adamw_torch", "learning_rate": 1e-3}},
     # Processes with different towers, and one whose loss has no gradient.
     "mixed": {
@@ -60,12 +62,12 @@ def workplace(tmp_path_factory, media_folder, make_model, processor):
         (folder / file.name).symlink_to(file)
     (folder / "mixed.json").write_text(json.dumps(RECORDS + TEXTS))
     (folder / "texts.json").write_text(json.dumps(TEXTS))
-    sparsity = UniMoESparsityConfig(layers="even", num_experts=4, top_k=2, router_loss_scope="sample", **LOSSES)
-    config = make_model().config
-    config.text_sparsity = sparsity
-    torch.manual_seed(0)
-    UniMoEForConditionalGeneration(config).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    for name, scope in (("base", "sample"), ("batch_scope", "batch")):
+        config = make_model().config
+        config.text_sparsity = UniMoESparsityConfig(layers="even", router_loss_scope=scope, **LOSSES)
+        torch.manual_seed(0)
+        UniMoEForConditionalGeneration(config).save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
     return folder
 
 
@@ -73,9 +75,9 @@ def workplace(tmp_path_factory, media_folder, make_model, processor):
 def write(workplace):
     """A function that writes a recipe whose output is `<workplace>/<name>`."""
 
-    def write_recipe(name, batch_size, data="mixed", trainer=None, **fields):
+    def write_recipe(name, batch_size, data="mixed", model="base", trainer=None, **fields):
         content = {
-            "model": str(workplace / "base"),
+            "model": str(workplace / model),
             "data": str(workplace / f"{data}.json"),
             "output": str(workplace / name),
             **fields,

@@ -155,7 +155,7 @@ def step_share(
 
     Each sample counts with its weight, so the sum over the pieces does not depend on how the step is cut: always for the z
     loss, which is a mean over tokens, and for the balance loss with `router_loss_scope="sample"`. With "batch" the balance
-    loss takes its statistics from the piece at hand, as the originals do, and counts with the sum of the weights.
+    loss takes its statistics from the micro-batch at hand, as the originals do, but from that of all processes together.
 
     Args:
         router_logits: One tensor [T, E] per sparse layer of the decoder, sample after sample.
@@ -169,9 +169,39 @@ def step_share(
     if sparsity.router_loss_scope == "sample":
         balance = load_balancing_loss(by_sample, mask, weight_B)
     else:
-        balance = load_balancing_loss(flat, mask) * weight_B.sum()
+        balance = _balance_share(flat, mask, weight_B.sum())
     scale = 1.0 / len(flat) if sparsity.router_loss_reduction == "mean" else 1.0
     return scale * balance, scale * router_z_loss(by_sample, mask, weight_B)
+
+
+def _balance_share(
+    router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None, weight: torch.Tensor
+) -> torch.Tensor:
+    """What this process adds to [`load_balancing_loss`] of a micro-batch that all processes share, times all its weights.
+
+    The loss is linear in the probabilities, so once the counts of all processes are known, each adds its own tokens' part.
+    Processes that were given the same rows (tensor parallelism) count them twice, in `tokens` and `weight` alike.
+    """
+    device = router_logits[0].device
+    num_tokens = len(router_logits[0])
+    real_T1 = torch.ones(num_tokens, 1, device=device) if attention_mask is None else attention_mask.reshape(-1, 1)
+    real_T1 = real_T1.to(device, torch.float32)
+    choices = [
+        (
+            real_T1.to(logits_TE.device) * torch.nn.functional.one_hot(logits_TE.argmax(dim=-1), logits_TE.shape[-1])
+        ).sum(0)
+        for logits_TE in router_logits
+    ]
+    statistics = torch.cat([*(counts_E.to(device) for counts_E in choices), real_T1.sum().view(1), weight.view(1)])
+    statistics = statistics.detach().double()
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(statistics)
+    *choices, (tokens, weight) = statistics.float().split([*(len(counts_E) for counts_E in choices), 2])
+    total = torch.zeros((), device=device)
+    for logits_TE, counts_E in zip(router_logits, choices):
+        probability_E = (real_T1.to(logits_TE.device) * logits_TE.float().softmax(dim=-1)).sum(dim=0).to(device)
+        total = total + len(counts_E) * (probability_E * counts_E).sum()
+    return weight * total / tokens.clamp(min=1.0).square()
 
 
 def _over_groups(loss_G: torch.Tensor, weight_G: torch.Tensor | None) -> torch.Tensor:
