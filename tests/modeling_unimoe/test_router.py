@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unimoe.modeling_unimoe.router import UniMoETopKRouter, fused_topk_router, naive_topk_router
+from unimoe.modeling_unimoe.router import UniMoETopKRouter, fused_topk_router, naive_topk_router, route
 
 
 def make_inputs(tokens=12, hidden=16, experts=8, dtype=torch.float32, seed=0):
@@ -27,6 +27,40 @@ def test_fused_equals_definition(experts, top_k, norm_topk_prob):
     for naive, fused in zip(*results):
         torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
     assert results[1][2].dtype == torch.int64
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_many_tokens_equal_definition(top_k):
+    results = []
+    for router in (naive_topk_router, fused_topk_router):
+        hidden_states, weight = make_inputs(tokens=300)
+        _, weights, index = router(hidden_states, weight, top_k)
+        (weights * torch.arange(1.0, 1 + weights.numel()).reshape_as(weights).cos()).sum().backward()
+        results.append((weights, index, hidden_states.grad, weight.grad))
+    for naive, fused in zip(*results):
+        torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [12, 0])
+def test_order_counts_and_statistics_on_request(tokens):
+    hidden_states, weight = make_inputs(tokens=tokens)
+    logits, weights, index = fused_topk_router(hidden_states, weight, 2)
+    plain = route(hidden_states, weight, 2)
+    assert torch.equal(plain.weights, weights) and torch.equal(plain.index, index)
+    assert plain.order is plain.counts is plain.mean_probability is plain.mean_square_z is None
+    routing = route(hidden_states, weight, 2, return_order=True, return_statistics=True)
+    assert torch.equal(routing.counts, torch.bincount(index.flatten(), minlength=8))
+    assert routing.order.counts == routing.counts.tolist()
+    assert torch.equal(index.flatten()[routing.order.pair_P], index.flatten().sort().values)
+    assert all(
+        a < b
+        for a, b in zip(routing.order.pair_P, routing.order.pair_P[1:])
+        if index.flatten()[a] == index.flatten()[b]
+    )
+    torch.testing.assert_close(routing.mean_probability, logits.softmax(-1).sum(0) / max(tokens, 1))
+    torch.testing.assert_close(routing.mean_square_z, logits.logsumexp(-1).square().sum() / max(tokens, 1))
+    (routing.mean_probability[0] + routing.mean_square_z).backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_normalised_weights_sum_to_one_and_come_in_order():

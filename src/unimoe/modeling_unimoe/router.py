@@ -3,12 +3,31 @@
 Shape suffixes: T tokens, H hidden size, E experts, K experts chosen for each token.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .sorted_experts import ExpertOrder, sort_by_expert
+
 # None: the choice of experts is deterministic.
 ROUTER_NOISES = (None, "gumbel", "gumbel_choice")
+
+# Tokens from which a softmax over a few choices costs more than its four steps, each over all tokens at once.
+MANY_TOKENS = 128
+
+
+class Routing(NamedTuple):
+    """Where each token goes, and what the tokens do together; see `route`."""
+
+    router_logits: torch.Tensor | None
+    weights: torch.Tensor
+    index: torch.Tensor
+    order: ExpertOrder | None
+    counts: torch.Tensor | None
+    mean_probability: torch.Tensor | None
+    mean_square_z: torch.Tensor | None
 
 
 def naive_topk_router(
@@ -70,13 +89,17 @@ def fused_topk_router(
         Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None,
         weights [T, K] in the dtype of `hidden_states`, expert ids int64 [T, K], the most probable expert first.
     """
-    if router_dtype is None:
-        logits_TE = F.linear(hidden_states, weight)
-    else:
+    if noise is None and hidden_states.is_cuda:
+        fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, False)
+        if fused is not None:
+            return fused[0] if return_logits else None, fused[1], fused[2]
+    if router_dtype is not None:
         logits_TE = F.linear(hidden_states.to(router_dtype), weight.to(router_dtype))
+    else:
+        logits_TE = F.linear(hidden_states, weight)
     reported_TE = logits_TE
     if noise is None:
-        chosen_TK, index_TK = torch.topk(logits_TE, top_k, dim=-1)
+        chosen_TK, index_TK = torch.topk(logits_TE, top_k)
     else:
         noisy_TE = logits_TE + noise.to(logits_TE.dtype)
         reported_TE = noisy_TE if report_noise else logits_TE
@@ -85,10 +108,85 @@ def fused_topk_router(
         index_TK = torch.cat([first_T1, others_TE.topk(top_k - 1, dim=-1).indices], dim=-1)
         chosen_TK = logits_TE.gather(-1, index_TK)
     if norm_topk_prob:
-        weights_TK = F.softmax(chosen_TK, dim=-1, dtype=torch.float32)
+        weights_TK = _softmax(chosen_TK)
     else:
         weights_TK = torch.exp(chosen_TK.float() - torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True))
-    return reported_TE if return_logits else None, weights_TK.to(hidden_states.dtype), index_TK
+    if weights_TK.dtype != hidden_states.dtype:
+        weights_TK = weights_TK.to(hidden_states.dtype)
+    return reported_TE if return_logits else None, weights_TK, index_TK
+
+
+def _softmax(chosen_TK: torch.Tensor) -> torch.Tensor:
+    """Softmax in float32 over a few choices, of which the first is the largest."""
+    if chosen_TK.is_cuda or torch.compiler.is_compiling() or chosen_TK.shape[0] < MANY_TOKENS:
+        return torch.softmax(chosen_TK, -1, dtype=torch.float32)
+    exp_TK = torch.exp((chosen_TK - chosen_TK[:, :1].detach()).float())
+    return exp_TK / exp_TK.sum(dim=-1, keepdim=True)
+
+
+def route(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    norm_topk_prob: bool = True,
+    router_dtype: torch.dtype | None = None,
+    return_order: bool = False,
+    return_statistics: bool = False,
+) -> Routing:
+    """`fused_topk_router` and, on request, what experts, losses and reports need besides; on a GPU by the same kernel.
+
+    With f the fraction of choices that each expert gets (`counts / counts.sum()`), `E * (mean_probability * f).sum()` is a
+    balance loss (Switch Transformer, Fedus et al. 2022, equation 4); `mean_square_z` is ST-MoE's z loss (Zoph et al. 2022,
+    equation 5). Gradients flow through `mean_probability` and `mean_square_z`.
+
+    Args:
+        hidden_states, weight, top_k, norm_topk_prob, router_dtype: as for `fused_topk_router`.
+        return_order: whether to sort the choices by expert, as the experts do.
+        return_statistics: whether to count and average.
+
+    Returns:
+        `router_logits` [T, E], `weights` [T, K] and `index` int64 [T, K]; `order` (see `ExpertOrder`); `counts` int64 [E],
+        the choices of each expert, `mean_probability` float32 [E] and `mean_square_z`, a float32 scalar. None for what was
+        not asked for.
+    """
+    counts_E = probability_E = mean_square_z = fused = None
+    if hidden_states.is_cuda:
+        fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, return_statistics)
+    if fused is not None:
+        logits_TE, weights_TK, index_TK, *found = fused
+        if return_statistics:
+            counts_E, probability_E, mean_square_z = found
+    else:
+        logits_TE, weights_TK, index_TK = fused_topk_router(
+            hidden_states, weight, top_k, norm_topk_prob=norm_topk_prob, router_dtype=router_dtype
+        )
+        if return_statistics:
+            tokens = max(len(logits_TE), 1)
+            z_T1 = torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True)
+            counts_E = torch.bincount(index_TK.reshape(-1), minlength=weight.shape[0])
+            probability_E = torch.exp(logits_TE.float() - z_T1).sum(dim=0) / tokens
+            mean_square_z = z_T1.square().sum() / tokens
+    order = sort_by_expert(index_TK, weight.shape[0]) if return_order else None
+    return Routing(logits_TE, weights_TK, index_TK, order, counts_E, probability_E, mean_square_z)
+
+
+def _route_on_gpu(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    norm_topk_prob: bool,
+    router_dtype: torch.dtype | None,
+    statistics: bool,
+) -> tuple[torch.Tensor, ...] | None:
+    """The results of `triton_topk_router`, or None where Triton is missing or does not take these inputs."""
+    # Importing Triton takes a while, so only a GPU does it.
+    from .router_triton import can_route, triton_topk_router
+
+    if not can_route(hidden_states, router_dtype or hidden_states.dtype):
+        return None
+    options = {"norm_topk_prob": norm_topk_prob, "linear_dtype": router_dtype, "statistics": statistics}
+    return triton_topk_router(hidden_states, weight, top_k, **options)
 
 
 class UniMoETopKRouter(nn.Module):
@@ -143,9 +241,17 @@ class UniMoETopKRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [..., H] to (router logits [T, E], weights [T, K], expert ids [T, K]): Transformers' order."""
-        hidden_states_TH = hidden_states.reshape(-1, self.hidden_size)
+        hidden_states_TH = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, self.hidden_size)
         if self.modality_maps is not None:
             hidden_states_TH = self.modality_maps(hidden_states_TH)
+        if self.noise is None:
+            return fused_topk_router(
+                hidden_states_TH,
+                self.weight,
+                self.top_k,
+                norm_topk_prob=self.norm_topk_prob,
+                router_dtype=self.router_dtype,
+            )
         return fused_topk_router(
             hidden_states_TH,
             self.weight,
