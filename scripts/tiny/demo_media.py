@@ -39,10 +39,19 @@ FILES: tuple[tuple[str, str, dict[str, Any], tuple[tuple[str, str], ...]], ...] 
         "video.mp4",
         "shape_video",
         {"shape": "triangle", "colour": "blue", "moves": True},
-        (("video: colour", "what colour is it?"),),
+        (
+            ("video: colour", "what colour is it?"),
+            ("video: shape", "which shape is it?"),
+            ("video: motion", "is it moving?"),
+        ),
     ),
     ("siren.wav", "event", {"event": "siren"}, (("audio: event", "what sound is this?"),)),
-    ("beeps.wav", "event", {"event": "beeps", "beeps": 3}, (("audio: event", "what do you hear?"),)),
+    (
+        "beeps.wav",
+        "event",
+        {"event": "beeps", "beeps": 3},
+        (("audio: event", "what do you hear?"), ("audio: beeps", "how many beeps are there?")),
+    ),
     ("word.wav", "word", {"word": "seven"}, (("speech: word", "what word is said?"),)),
     ("question.wav", "spoken_question", {"about": "colour"}, ()),
 )

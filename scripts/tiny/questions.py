@@ -87,7 +87,7 @@ TASKS: dict[str, Task] = {
     "video: digit": Task("video", ("digit_video",), DIGIT, lambda f: str(f["digit"]), weight=1.5),
     "audio: event": Task("audio", ("event",), EVENT, lambda f: f["event"], weight=1.5),
     "audio: pitch": Task("audio", ("event",), PITCH, lambda f: f["pitch"], needs=("pitch", None), weight=0.5),
-    "audio: beeps": Task("audio", ("event",), BEEPS, lambda f: str(f["beeps"]), needs=("event", "beeps"), weight=0.7),
+    "audio: beeps": Task("audio", ("event",), BEEPS, lambda f: str(f["beeps"]), needs=("event", "beeps"), weight=1.5),
     "speech: word": Task("speech", ("word",), WORD, lambda f: f["word"], weight=3.0),
     "mixed: picture, spoken colour question": Task(
         "mixed", ("scene", "spoken_question"), LISTEN, lambda f: f["colour"], needs=("about", "colour"), weight=0.7

@@ -51,7 +51,7 @@ def tone(rng: np.random.Generator, height: str) -> np.ndarray:
 def beeps(rng: np.random.Generator, count: int) -> np.ndarray:
     """`count` short equal tones with gaps between them."""
     pitch = np.exp(rng.uniform(*np.log((150.0, 3600.0))))
-    length, gap = rng.uniform(0.12, 0.3), rng.uniform(0.15, 0.35)
+    length, gap = rng.uniform(0.12, 0.2), rng.uniform(0.16, 0.24)
     beep = _fade(_sine(np.full(int(length * SAMPLING_RATE), pitch)))
     pause = np.zeros(int(gap * SAMPLING_RATE))
     parts = [part for _ in range(count) for part in (beep, pause)]

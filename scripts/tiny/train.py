@@ -43,7 +43,7 @@ from .training_data import FeatureCollator, QuestionDataset, TextCollator
 # What the model returns beside loss and logits; the watching need not gather it.
 OTHER_OUTPUTS = ["past_key_values", "aux_loss", *(f"{kind}_hidden_states" for kind in CONTENT_TYPES)]
 WATCHED_QUESTIONS = 96
-READING = Phase(steps=900, batch_size=64, learning_rate=2e-3)
+READING = Phase(steps=400, batch_size=64, learning_rate=2e-3)
 ALIGNMENT = Phase(steps=450, batch_size=48, learning_rate=2e-3)
 EXPERT = Phase(steps=200, batch_size=48, learning_rate=1e-3, warmup_steps=20)
 MIXED = Phase(steps=1500, batch_size=48, learning_rate=1.5e-3)

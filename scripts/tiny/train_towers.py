@@ -24,14 +24,31 @@ class TowerPhase(Phase):
 
 
 PHASES = {
+    # All at once, nothing is learnt for a long time; one after the other, each builds on the one before.
     "vision": (
         TowerPhase(
-            name="items",
-            steps=5400,
+            name="digits",
+            steps=300,
             batch_size=32,
             learning_rate=1.3e-3,
-            warmup_steps=150,
-            chances={"scene": 0.38, "digit": 0.34, "shape_video": 0.22, "digit_video": 0.06},
+            warmup_steps=100,
+            schedule="constant_with_warmup",
+            chances={"digit": 1.0},
+        ),
+        TowerPhase(
+            name="pictures",
+            steps=1000,
+            batch_size=32,
+            learning_rate=1e-3,
+            schedule="constant_with_warmup",
+            chances={"scene": 0.7, "digit": 0.3},
+        ),
+        TowerPhase(
+            name="all",
+            steps=1600,
+            batch_size=32,
+            learning_rate=1e-3,
+            chances={"scene": 0.4, "digit": 0.32, "shape_video": 0.22, "digit_video": 0.06},
         ),
     ),
     "sound": (
@@ -52,6 +69,8 @@ PHASES = {
             warmup_steps=20,
             chances={"word": 0.3, "spoken_question": 0.08, "event": 0.62},
         ),
+        # The two towers share nothing, so speech need not be said again.
+        TowerPhase(name="events", steps=400, batch_size=32, learning_rate=8e-4, chances={"event": 1.0}),
     ),
 }
 

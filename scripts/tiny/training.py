@@ -39,6 +39,7 @@ class Phase:
     batch_size: int
     learning_rate: float
     warmup_steps: int = 50
+    schedule: str = "cosine"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def training_arguments(args: argparse.Namespace, phase: Phase, **kwargs) -> Trai
         per_device_train_batch_size=phase.batch_size,
         learning_rate=phase.learning_rate,
         warmup_steps=phase.warmup_steps,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=phase.schedule,
         weight_decay=0.05,
         adam_beta2=0.98,
         max_grad_norm=1.0,
