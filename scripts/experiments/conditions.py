@@ -63,7 +63,7 @@ class Settings:
 
     expert_steps: int = 50
     mixed_steps: int = 200
-    batch_size: int = 32
+    batch_size: int = 24
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     questions: int = 300

@@ -8,8 +8,11 @@ import torch
 
 import unimoe
 from scripts.experiments import claims
+from scripts.experiments.comparisons import fluctuation, verdict
 from scripts.experiments.conditions import CONDITIONS, Condition, Settings
+from scripts.experiments.report import main as report
 from scripts.experiments.starts import decoder_parameters, starting_model, widened
+from scripts.experiments.tables import all_tables
 from scripts.tiny.items import CONTENT_TYPES
 from scripts.tiny.tower_features import FeatureBank
 from scripts.tiny.towers import CLASSES
@@ -120,3 +123,34 @@ def test_fresh_experts_are_new_and_differ(aligned, dense):
     assert not torch.allclose(down[0], down[1])
     assert not torch.allclose(down[0], dense.model.language_model.layers[0].mlp.down_proj.weight)
     assert down.std().item() == pytest.approx(model.config.text_config.initializer_range, rel=0.05)
+
+
+def test_report_from_runs(experiment, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("two", "tuned_aux", "wide"):
+        experiment.run(name, seed=0)
+    results = tmp_path / "results.json"
+    claims.gather(experiment.folder, TINY, results)
+    page = tmp_path / "page.md"
+    tables = all_tables(json.loads(results.read_text())["runs"])
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in tables))
+    report(["--results", str(results), "--page", str(page)])
+    assert "old" not in page.read_text()
+    assert "| 2 tuned experts |" in page.read_text()
+    assert all((tmp_path / f"{name}.png").stat().st_size < 200_000 for name in ("accuracy", "loss", "routing"))
+
+
+def test_verdicts():
+    assert verdict([1.0, 1.2, 0.9], +1) == "holds"
+    assert verdict([1.0, 1.2, 0.9], -1) == "does not hold"
+    assert verdict([-0.1, 1.2, 0.9], +1) == "cannot be told"
+    # All of one sign, but too far apart.
+    assert verdict([0.1, 4.0, 0.1], +1) == "cannot be told"
+    assert verdict([1.0], +1) == "cannot be told"
+
+
+def test_fluctuation_leaves_out_the_trend():
+    falling = list(np.linspace(2, 1, 100))
+    noisy = [value + 0.1 * (-1) ** step for step, value in enumerate(falling)]
+    assert fluctuation({"curve": falling}) < 1e-6
+    assert fluctuation({"curve": noisy}) == pytest.approx(0.1, rel=0.06)
