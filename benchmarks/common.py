@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils import logging
 
 import unimoe
 
@@ -76,11 +77,12 @@ class Report:
         args: its parsed options.
     """
 
-    WIDTHS = {"what": 21, "case": 60, "against": 44}
+    WIDTHS = {"what": 21, "case": 66, "against": 48}
 
     def __init__(self, name: str, question: str, args: argparse.Namespace):
         self.name, self.question, self.args = name, question, args
         self.rows: list[dict[str, Any]] = []
+        logging.disable_progress_bar()
         print(f"\n{question}")
         print("".join(f"{title:<{width}}" for title, width in self.WIDTHS.items()) + f"{'ratio':>7}  goal")
 

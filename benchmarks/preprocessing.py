@@ -138,9 +138,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--seconds", type=float, nargs="+", help="lengths of the sounds")
     parser.add_argument("--video-seconds", type=int, default=60)
+    parser.add_argument("--tiny", action="store_true", help="one small image: whether it runs, not how fast")
     args = parser.parse_args(argv)
     report = Report("preprocessing", "How fast are images, sounds and videos prepared?", args)
     sizes = [(640, 480), (1920, 1080)] + ([(336, 336), (4000, 3000)] if args.full else [])
+    sizes = [(320, 240)] if args.tiny else sizes
     image_rows(report, sizes, [1, 8] if args.full else [1], args.rounds)
     sound_rows(report, args.seconds or ([1, 5, 30, 120] if args.full else [5, 30]), args.rounds)
     with tempfile.TemporaryDirectory() as folder:

@@ -249,6 +249,21 @@ def copy(source: Path, target: Path, block: int = 16 << 20) -> float:
     return time.monotonic() - start
 
 
+def convert(options: list[str], output: Path, dtype: str) -> tuple[float, float, float]:
+    """Runs `unimoe convert uni-moe` in a process of its own: its peak memory in bytes, seconds, seconds of processor time."""
+    command = ["convert", "uni-moe", *options, "--output", str(output), "--dtype", dtype]
+    run = subprocess.run([sys.executable, "-c", CONVERT, *command], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    peak, seconds, processor = (float(part) for part in run.stdout.split("PEAK")[1].split())
+    return peak, seconds, processor
+
+
+def largest_tensor(dtype: str) -> int:
+    """Bytes of the largest tensor that is written: the first maps of a layer's experts."""
+    return EXPERTS * 2 * INTERMEDIATE * HIDDEN * torch.finfo(getattr(torch, dtype)).bits // 8
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="an empty place with room for everything")
@@ -262,12 +277,8 @@ def main() -> None:
     seconds = copy(release, args.folder / "copy")
     shutil.rmtree(args.folder / "copy")
     print(f"plain copy: {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s")
-    command = ["convert", "uni-moe", *options, "--output", str(output), "--dtype", args.dtype]
-    run = subprocess.run([sys.executable, "-c", CONVERT, *command], capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(run.stderr)
-    peak, took, processor = (float(part) for part in run.stdout.split("PEAK")[1].split())
-    largest = EXPERTS * 2 * INTERMEDIATE * HIDDEN * torch.finfo(getattr(torch, args.dtype)).bits // 8
+    peak, took, processor = convert(options, output, args.dtype)
+    largest = largest_tensor(args.dtype)
     print(f"conversion: {took:.1f} s, {size / took / 1e6:.0f} MB/s read, {_size(output) / 1e9:.2f} GB written")
     print(f"speed: {seconds / took:.2f} of a plain copy's; {processor:.1f} s of processor time")
     gib = 2**30

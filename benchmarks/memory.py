@@ -1,0 +1,88 @@
+"""How much memory do loading and generating take, against Transformers' Llava-Mixtral of the same sizes?
+
+Every measure is the peak of a process of its own, less that of one which only imports. Ratios below one are ours to win.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import LlavaForConditionalGeneration
+
+import unimoe
+
+from .common import Report, arguments
+from .generation import generate
+from .models import SMALL, Sizes, give_weights, peer_model, prompt, unimoe_model
+
+MODELS = {"ours": unimoe.UniMoEForConditionalGeneration, "peer": LlavaForConditionalGeneration}
+
+
+def child(model: str, task: str, folder: str, tiny: bool) -> None:
+    """What the measured process does."""
+    if task != "import":
+        loaded = MODELS[model].from_pretrained(folder).eval()
+        if task == "generate":
+            generate(loaded, prompt(SMALL if tiny else Sizes()), 8)
+    print("PEAK", _peak())
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which a child inherits from its parent.
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(model: str, task: str, folder: Path, tiny: bool) -> int:
+    """Peak bytes of a process that does one task."""
+    code = f"from benchmarks.memory import child; child({model!r}, {task!r}, {str(folder)!r}, {tiny})"
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return int(run.stdout.split("PEAK")[1])
+
+
+def rows(report: Report, sizes: Sizes, tiny: bool, folder: Path, rounds: int) -> None:
+    peer, ours = peer_model(sizes), unimoe_model(sizes)
+    give_weights(peer, ours)
+    ours.save_pretrained(folder / "ours")
+    # In one form with the stacked experts that it has in memory, in one as it is published.
+    peer.save_pretrained(folder / "stacked", save_original_format=False)
+    peer.save_pretrained(folder / "apart")
+    weights = sum(tensor.nbytes for tensor in ours.state_dict().values())
+    del peer, ours
+    nothing = measure("ours", "import", folder, tiny)
+    case = f"{sizes}, {weights / 1e9:.2f} GB"
+    for task in ("load", "generate"):
+        peaks: dict[str, list[int]] = {}
+        for _ in range(rounds):
+            for name in ("ours", "stacked", "apart"):
+                model = "ours" if name == "ours" else "peer"
+                peaks.setdefault(name, []).append(measure(model, task, folder / name, tiny) - nothing)
+        peak = {name: statistics.median(values) for name, values in peaks.items()}
+        what = "memory of loading" if task == "load" else "memory of generating"
+        report.add(what, case, "the weights' bytes", peak["ours"] / weights, lower_is_better=True)
+        for name, label in (("stacked", "stacked experts"), ("apart", "an expert a tensor")):
+            report.add(what, case, f"Llava-Mixtral, {label}", peak["ours"] / peak[name], lower_is_better=True)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--tiny", action="store_true", help="tiny models: whether it runs, not how much it takes")
+    args = parser.parse_args(argv)
+    report = Report("memory", "How much memory does a model take?", args)
+    with tempfile.TemporaryDirectory() as folder:
+        rows(report, SMALL if args.tiny else Sizes(), args.tiny, Path(folder), 3 if args.full else args.rounds)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()
