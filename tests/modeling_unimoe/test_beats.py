@@ -223,9 +223,15 @@ def test_eager_and_sdpa_agree(tiny):
     torch.testing.assert_close(*outputs, atol=2e-6, rtol=1e-5)
 
 
-def test_flash_attention_is_refused(tiny):
-    with pytest.raises((ValueError, ImportError), match="(?i)flash"):
-        tiny.set_attn_implementation("flash_attention_2")
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ("flash_attention_2", "flex_attention"))
+def test_what_takes_no_bias_becomes_sdpa(tiny, implementation):
+    input_values, mask = ragged_batch()
+    tiny.set_attn_implementation("sdpa")
+    expected = tiny(input_values, mask).last_hidden_state
+    tiny.set_attn_implementation(implementation)
+    assert tiny.config._attn_implementation == "sdpa"
+    assert torch.equal(tiny(input_values, mask).last_hidden_state, expected)
 
 
 def test_output_capture(tiny):

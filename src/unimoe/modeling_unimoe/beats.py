@@ -25,6 +25,7 @@ hidden size, A attention heads.
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -36,11 +37,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_unimoe import UniMoEAudioConfig
+
+logger = logging.get_logger(__name__)
 
 
 def relative_position_buckets(relative_position: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
@@ -341,6 +344,15 @@ class UniMoEAudioModel(PreTrainedModel):
         self.feature_projection = UniMoEAudioFeatureProjection(config)
         self.encoder = UniMoEAudioEncoder(config)
         self.post_init()
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """As Transformers', but what is asked of a whole model that cannot work here becomes SDPA, with a warning."""
+        if attn_implementation is not None and re.search("flash|flex", attn_implementation):
+            logger.warning_once(
+                f"BEATs adds a bias to its attention scores, which {attn_implementation} cannot take: its layers use sdpa"
+            )
+            attn_implementation = "sdpa"
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
