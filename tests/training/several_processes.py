@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import ProcessException
 _IMPORTS = ["transformers.trainer", "peft", "unimoe.training.stages"]
 
 
-def run(function: Callable, *arguments: Any, processes: int = 2, timeout: float = 120.0) -> None:
+def run(function: Callable, *arguments: Any, processes: int = 2, timeout: float = 300.0) -> None:
     """Calls `function(*arguments)` in every process; it must stand at the top of a module.
 
     Raises:
@@ -55,7 +55,7 @@ def _begin(rank: int, processes: int, port: int, function: Callable, arguments: 
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
     function(*arguments)
     distributed.barrier()
     distributed.destroy_process_group()

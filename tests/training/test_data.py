@@ -55,6 +55,14 @@ def test_long_records_are_counted(processor, data_file):
     assert dataset.counts() == {"unreadable": 0, "truncated": 2, "without_answer": 1}
 
 
+def test_a_record_that_loses_its_only_image_is_replaced(processor, data_file):
+    late = {"image": "image0.png", "conversations": turn("a", "b") + turn("c" * 99 + "<image>", "d")}
+    file = data_file([late, {"image": "image1.png", "conversations": turn("<image>", "b")}])
+    dataset = ConversationDataset(file, processor, max_length=220)
+    assert torch.equal(dataset[0].inputs["pixel_values"], dataset[1].inputs["pixel_values"])
+    assert dataset.counts() == {"unreadable": 0, "truncated": 1, "without_answer": 0}
+
+
 def test_arguments(processor, data_file):
     with pytest.raises(ValueError, match="maybe"):
         ConversationDataset(data_file(), processor, on_unreadable="maybe")

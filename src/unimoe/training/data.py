@@ -81,6 +81,9 @@ class ConversationDataset(Dataset):
             if not sample.num_labels:
                 self._mark("without_answer", candidate, f"no answer within {self.max_length} tokens, left out")
                 continue
+            if sample.lost_kind:
+                # It is not of its mix any more, and the processes of a step count on that.
+                continue
             return sample
         raise DataError(f"{self.records[index].name}: neither this record nor any other of its mix can be used")
 

@@ -24,10 +24,12 @@ class Sample:
     Args:
         inputs: `input_ids`, `attention_mask` and `labels` int64 [S], and the features of its media.
         truncated: whether it was longer than the context.
+        lost_kind: whether that cut away all of its images, all of its videos, and so on.
     """
 
     inputs: dict[str, torch.Tensor]
     truncated: bool
+    lost_kind: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -79,13 +81,15 @@ def encode(processor: Any, record: Record, max_length: int | None = None) -> Sam
         "attention_mask": torch.ones_like(ids),
         "labels": torch.where(answers, ids, torch.full_like(ids, IGNORED)),
     }
+    lost_kind = False
     for tower in dict.fromkeys(tower for tower, _, _ in encoded.media):
         rows = sum(stop - start for other, start, stop in encoded.media if other == tower and stop <= end)
         rows //= processor.num_tokens(tower)
+        lost_kind |= rows == 0
         for name in TOWER_INPUTS[tower]:
             if rows and name in encoded.features:
                 inputs[name] = torch.as_tensor(encoded.features[name][:rows])
-    return Sample(inputs, truncated)
+    return Sample(inputs, truncated, lost_kind)
 
 
 def _cut(length: int, media: list[tuple[str, int, int]], max_length: int | None) -> int:

@@ -93,7 +93,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
     checkpoint = last_whole_checkpoint(output) if resume else None
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")
-    with all_layers(model) if sharding is not None or arguments.fsdp else nullcontext():
+    with all_layers(model) if sharding is not None or trainer.is_fsdp_enabled else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     save_run(trainer, base, processor, output)
     train_data.share_marks(arguments.device)
