@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import process_jobs
+import psutil
 import pytest
 import torch
 import yaml
@@ -191,17 +191,28 @@ def test_an_epoch_has_one_mix_a_step_and_all_records(workplace, tmp_path):
     run(process_jobs.check_epoch, str(workplace / "base"), str(workplace / "mixed.json"), str(tmp_path))
 
 
-def torchrun(recipe, *options):
-    """`unimoe train` in two processes; they are a group of their own, so that they can be killed together."""
+def torchrun(log, recipe, *options):
+    """`unimoe train` in two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "unimoe", "train", recipe, *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [*command, "-m", "unimoe", "train", recipe, *options],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def kill(process):
+    """kill -9 of a launcher and of all that it has launched."""
+    try:
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:
+            one.kill()
+    except psutil.NoSuchProcess:
+        pass
+    process.wait()
 
 
 def test_killed_and_resumed_by_two_and_by_one(write, workplace, tmp_path):
@@ -216,20 +227,23 @@ def test_killed_and_resumed_by_two_and_by_one(write, workplace, tmp_path):
     fields = {"lora": LORA}
     run(process_jobs.train, [write("uninterrupted", 1, trainer=trainer, **fields)])
     recipe, killed = write("killed", 1, trainer=trainer, **fields), workplace / "killed"
-    process = torchrun(recipe)
+    log = tmp_path / "log.txt"
+    process = torchrun(log, recipe)
     try:
         end = time.monotonic() + 300
         while not (killed / "checkpoint-8").is_dir():
-            assert process.poll() is None and time.monotonic() < end, process.stdout.read().decode()
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.002)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        kill(process)
     assert not (killed / "model").exists()
     shutil.copytree(killed, workplace / "killed_one")
-    process = torchrun(recipe, "--resume")
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0 and output.count("done: ") == 1, output
+    process = torchrun(log, recipe, "--resume")
+    try:
+        assert process.wait(timeout=300) == 0, log.read_text()
+    finally:
+        kill(process)
+    assert log.read_text().count("done: ") == 1
     expected, found = weights(workplace / "uninterrupted"), weights(killed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # As many samples in a step, now all in one process.
