@@ -1,22 +1,32 @@
-"""What does the sparse block cost, against a dense FFN of the same activated work?
+"""What does the sparse block cost, against a dense FFN of the same activated work and against Transformers' implementations?
 
-Prints, for each experts implementation, the median time of a forward and of a forward and backward pass as a ratio to the
-dense FFN measured in the same round. Machines differ and are shared: only the ratios mean anything.
+Every round runs them all. "memory" rows divide the time that reading the weights of the chosen experts takes at the speed of a
+matrix-vector product over all of them, by the time of the dense FFN: where that is above 1, no implementation can be as fast
+as the dense FFN, because more weights must be read than it has.
 """
 
-import argparse
-import statistics
+import math
 import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import unimoe
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-# batched_mm gathers the weights of every token's experts, which beyond a few tokens is more than the memory.
-BATCHED_MM_TOKENS = 32
+from .common import Report, arguments, compare
+
+TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
+# batched_mm copies the weights of every token's experts, which beyond a few tokens is more than the memory.
+BATCHED_MM_TOKENS = 8
+# The backward pass of the eager loop fills a gradient of the size of all experts for every expert.
+EAGER_BACKWARD_EXPERTS = 8
+FORWARD_OF_DENSE = {1: 1.05}
+# The mean over all rows; no row may be slower.
+MEAN_GOALS_OF_BEST = {"forward": 2.0, "forward+backward": 1.5}
+GOALS_OF_BEST = {"forward": 1.0, "forward+backward": 1.5}
 
 
 class DenseFfn(nn.Module):
@@ -29,11 +39,35 @@ class DenseFfn(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        return self.down(F.silu(gate) * up)
+
+
+class LoopOverExperts(nn.Module):
+    """The block as the originals run it: experts as modules of their own, one after another, each on its tokens."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        experts = block.experts
+        self.gate = block.gate
+        self.weights = nn.ParameterList(
+            nn.Parameter(weight[e].detach())
+            for e in range(experts.num_experts)
+            for weight in (experts.gate_up_proj, experts.down_proj)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(hidden_states)
+        output = torch.zeros_like(hidden_states)
+        for expert in range(len(self.weights) // 2):
+            token, choice = torch.where(index == expert)
+            gate, up = F.linear(hidden_states[token], self.weights[2 * expert]).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.weights[2 * expert + 1])
+            output.index_add_(0, token, y * weights[token, choice, None])
+        return output
 
 
 def forward(module: nn.Module, hidden_states: torch.Tensor) -> Callable[[], None]:
-    def run():
+    def run() -> None:
         with torch.no_grad():
             module(hidden_states)
 
@@ -41,54 +75,154 @@ def forward(module: nn.Module, hidden_states: torch.Tensor) -> Callable[[], None
 
 
 def forward_backward(module: nn.Module, hidden_states: torch.Tensor) -> Callable[[], None]:
-    def run():
+    def run() -> None:
         module.zero_grad()
         module(hidden_states.detach().requires_grad_()).sum().backward()
 
     return run
 
 
-def compare(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; every round runs all, so that a busy moment hits them alike."""
-    times = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
+def with_implementation(block: nn.Module, name: str, run: Callable[[], None]) -> Callable[[], None]:
+    def switched() -> None:
+        block.experts.config._experts_implementation = name
+        run()
+
+    return switched
+
+
+def bytes_per_second(block: nn.Module) -> float:
+    """The speed of a matrix-vector product over the weights of all experts, the best of three."""
+    weight = block.experts.gate_up_proj.detach().flatten(0, 1)
+    vector = torch.randn(weight.shape[1], dtype=weight.dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mv(weight, vector)
+        times.append(time.perf_counter() - start)
+    return weight.numel() * weight.itemsize / min(times[1:])
+
+
+def bytes_of_chosen(block: nn.Module, hidden_states: torch.Tensor) -> int:
+    """What must be read: the weights of every expert that has a token."""
+    with torch.no_grad():
+        chosen = len(block.gate(hidden_states)[2].unique())
+    return chosen * sum(p[0].numel() * p.itemsize for p in (block.experts.gate_up_proj, block.experts.down_proj))
+
+
+def rows_of(
+    report: Report, what: str, block: nn.Module, dense: nn.Module, hidden_states: torch.Tensor, case: str
+) -> None:
+    """One pass at one size, against everything that can be compared with it."""
+    tokens, experts = len(hidden_states), block.experts.num_experts
+    training = what != "forward"
+    make = forward_backward if training else forward
+    names = [
+        name
+        for name in TRANSFORMERS
+        if not (name == "batched_mm" and tokens > BATCHED_MM_TOKENS)
+        and not (name == "eager" and training and experts > EAGER_BACKWARD_EXPERTS)
+    ]
+    runs = {name: with_implementation(block, name, make(block, hidden_states)) for name in ("unimoe", *names)}
+    runs["loop over experts"] = make(LoopOverExperts(block), hidden_states)
+    runs["dense FFN"] = make(dense, hidden_states)
+    times = compare(runs, report.args.rounds)
+    block.zero_grad()
+    dense.zero_grad()
+    report.add(
+        what,
+        case,
+        "dense FFN",
+        times["unimoe"] / times["dense FFN"],
+        None if training or hidden_states.dtype != torch.float32 else FORWARD_OF_DENSE.get(tokens, 1.0),
+        lower_is_better=True,
+    )
+    if not training:
+        least = bytes_of_chosen(block, hidden_states) / bytes_per_second(block)
+        report.add("  memory", case, "dense FFN", least / times["dense FFN"], lower_is_better=True)
+    best = min(names, key=times.__getitem__)
+    report.add(what, case, f"best of Transformers ({best})", times[best] / times["unimoe"], GOALS_OF_BEST[what])
+    for name in (*names, "loop over experts"):
+        report.add(what, case, name, times[name] / times["unimoe"])
+
+
+def lora_rows(report: Report, block: nn.Module, hidden_states: torch.Tensor, case: str) -> None:
+    """A training step with LoRA (rank 8) on all experts."""
+    holder = nn.Module()
+    holder.mlp = block
+    config = LoraConfig(r=8, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], lora_dropout=0.0)
+    adapted = get_peft_model(holder, config).base_model.model.mlp
+    run = forward_backward(adapted, hidden_states)
+    settings = next(m for m in adapted.modules() if hasattr(m, "has_gate")).config
+
+    def with_setting(name: str) -> Callable[[], None]:
+        def switched() -> None:
+            settings._experts_implementation = name
             run()
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+
+        return switched
+
+    # The eager loop of Transformers' own models merges the adapter anew for every expert; ours reads it once.
+    times = compare({name: with_setting(name) for name in ("unimoe", "eager", "grouped_mm")}, report.args.rounds)
+    for name in ("eager", "grouped_mm"):
+        report.add("LoRA training", case, name, times[name] / times["unimoe"], 1.0)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def ceilings() -> list[str]:
+    """The speed of a large product, for the notes: how much of it is memory, how much arithmetic."""
+    matrix = torch.randn(1024, 1024)
+    times = compare({"product": lambda: matrix @ matrix, "copy": matrix.clone}, 7)
+    flops = 2 * 1024**3 / times["product"]
+    return [f"a product of 1024 x 1024 matrices in float32 reaches {flops / 1e9:.0f} GFLOP/s in this run"]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--intermediate-size", type=int, default=2816)
-    parser.add_argument("--num-experts", type=int, nargs="+", default=[4])
+    parser.add_argument("--num-experts", type=int, nargs="+", help="by default 4 and 8, in full also 64")
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, nargs="+", help="by default 1, 8, 32 and 256, in full also 1024")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
+    parser.add_argument("--passes", nargs="+", choices=["forward", "backward", "lora"])
     args = parser.parse_args(argv)
+    report = Report("sparse_block", "What does the sparse block cost?", args)
     torch.manual_seed(0)
-    dense = DenseFfn(args.hidden_size, args.top_k * args.intermediate_size)
-    print(f"times as multiples of a dense FFN of equal activated work; float32, top-{args.top_k}")
-    print(f"{'pass':<18}{'experts':>8}{'tokens':>8}" + "".join(f"{name:>14}" for name in IMPLEMENTATIONS))
-    for num_experts in args.num_experts:
-        block = unimoe.UniMoESparseMoeBlock(args.hidden_size, args.intermediate_size, num_experts, args.top_k)
-        for tokens in args.tokens:
-            hidden_states = torch.randn(tokens, args.hidden_size)
-            for name, make in (("forward", forward), ("forward+backward", forward_backward)):
-                row = {}
-                for implementation in IMPLEMENTATIONS:
-                    if implementation == "batched_mm" and tokens > BATCHED_MM_TOKENS:
-                        continue
-                    block.experts.config._experts_implementation = implementation
-                    times = compare(
-                        {"block": make(block, hidden_states), "dense": make(dense, hidden_states)}, args.rounds
-                    )
-                    row[implementation] = times["block"] / times["dense"]
-                cells = "".join(f"{row[i]:>14.2f}" if i in row else f"{'-':>14}" for i in IMPLEMENTATIONS)
-                print(f"{name:<18}{num_experts:>8}{tokens:>8}{cells}", flush=True)
+    passes = args.passes or ["forward", "backward", "lora"]
+    for dtype_name in args.dtypes or (["float32", "bfloat16"] if args.full else ["float32"]):
+        dtype = getattr(torch, dtype_name)
+        dense = DenseFfn(args.hidden_size, args.top_k * args.intermediate_size).to(dtype)
+        for experts in args.num_experts or ([4, 8, 64] if args.full else [4, 8]):
+            block = unimoe.UniMoESparseMoeBlock(args.hidden_size, args.intermediate_size, experts, args.top_k).to(
+                dtype
+            )
+            for tokens in args.tokens or ([1, 8, 32, 256, 1024] if args.full else [1, 8, 32, 256]):
+                hidden_states = torch.randn(tokens, args.hidden_size, dtype=dtype)
+                case = f"{dtype_name}, {experts} experts, {tokens} tokens"
+                if "forward" in passes:
+                    rows_of(report, "forward", block, dense, hidden_states, case)
+                if "backward" in passes and (args.full or args.tokens or tokens in (1, 32)):
+                    rows_of(report, "forward+backward", block, dense, hidden_states, case)
+            if "lora" in passes and experts <= EAGER_BACKWARD_EXPERTS and (args.full or experts == 4):
+                tokens = 32
+                hidden_states = torch.randn(tokens, args.hidden_size, dtype=dtype)
+                lora_rows(report, block, hidden_states, f"{dtype_name}, {experts} experts, {tokens} tokens")
+            del block
+    return report.finish([*means(report), *ceilings()])
+
+
+def means(report: Report) -> list[str]:
+    """The geometric mean over all rows against the best of Transformers, for each pass."""
+    notes = []
+    for what, goal in MEAN_GOALS_OF_BEST.items():
+        ratios = [
+            row["ratio"]
+            for row in report.rows
+            if row["what"] == what and row["against"].startswith("best") and row["case"].startswith("float32")
+        ]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            notes.append(f"{what}, float32: {mean:.2f} times as fast as the best of Transformers (goal {goal:g})")
+    return notes
 
 
 if __name__ == "__main__":
