@@ -18,6 +18,8 @@ SAFE_FORMATS = (
 )
 # Formats without an index, where a seek only rewinds.
 UNSEEKABLE_FORMATS = ("gif",)
+# Codecs whose frames say whether any other frame is built on them. (H.265's say so only within a temporal layer.)
+CODECS_WITH_MARKED_REFERENCES = ("h264",)
 
 
 def open_container(source: Path | bytes, name: str) -> av.container.InputContainer:
@@ -74,6 +76,8 @@ class _FrameReader:
         self.stream = container.streams.video[0]
         self.beginning = self.stream.start_time or 0
         self.num_decoded = 0
+        # Frames shown before this time are decoded only where others are built on them; None: all are decoded.
+        self.wanted: int | None = None
 
     def read(self, num_frames: int) -> list[Image.Image]:
         fps = self.stream.average_rate or self.stream.guessed_rate
@@ -100,9 +104,30 @@ class _FrameReader:
                 return []
             limits = _limits(first, ticks_per_frame, total, num_frames)
             keyframes = [self._keyframe_before(limit) for limit in limits]
+            if None in keyframes:
+                return []
+            wanted = [self._time_shown(limit, target) for limit, (target, _) in zip(limits, keyframes)]
         except av.FFmpegError:
             return []
-        return [] if None in keyframes else self._pick(limits, keyframes, ticks_per_frame)
+        return self._pick(limits, keyframes, ticks_per_frame, wanted)
+
+    def _time_shown(self, limit: Fraction, target: int) -> int | None:
+        """Time of the frame that is on at `limit`, by the packets behind `target`; None where frames cannot be left out."""
+        if self.stream.codec_context.name not in CODECS_WITH_MARKED_REFERENCES:
+            return None
+        self.container.seek(target, stream=self.stream)
+        shown = None
+        for packet in self.container.demux(self.stream):
+            if not packet.size:
+                break
+            if packet.pts is None or packet.dts is None:
+                return None
+            # No frame is shown before it is decoded.
+            if packet.dts > limit:
+                break
+            if packet.pts <= limit and (shown is None or packet.pts > shown):
+                shown = packet.pts
+        return shown
 
     def _time_after_seek(self, target: int) -> int | None:
         """Time of the first packet that a seek leads to."""
@@ -137,19 +162,26 @@ class _FrameReader:
         # The mean rate: GIF frames last unequally long.
         ticks_per_frame = Fraction(times[-1] - times[0], total - 1)
         limits = _limits(times[0], ticks_per_frame, total, num_frames)
-        return self._pick(limits, [(self.beginning, times[0])] * num_frames, ticks_per_frame, timed)
+        keyframes = [(self.beginning, times[0])] * num_frames
+        return self._pick(limits, keyframes, ticks_per_frame, [None] * num_frames, timed)
 
     def _pick(
-        self, limits: list[Fraction], keyframes: list[tuple[int, int]], ticks_per_frame: Fraction, timed: bool = True
+        self,
+        limits: list[Fraction],
+        keyframes: list[tuple[int, int]],
+        ticks_per_frame: Fraction,
+        wanted: list[int | None],
+        timed: bool = True,
     ) -> list[Image.Image]:
         """For every limit, in rising order, the last frame that does not begin after it; nothing if one is missing.
 
+        `wanted` are the times of those frames where they are known.
         `shown` is that frame; `ahead` is one decoded beyond it.
         """
         images: list[Image.Image] = []
         frames: Iterator[av.VideoFrame] = iter(())
         shown = ahead = None
-        for limit, (target, keyframe) in zip(limits, keyframes):
+        for limit, (target, keyframe), self.wanted in zip(limits, keyframes, wanted):
             # Seek only where it skips something.
             if shown is None or keyframe > (ahead or shown).pts:
                 self.container.seek(target, stream=self.stream)
@@ -169,12 +201,17 @@ class _FrameReader:
         return images
 
     def _decode(self, timed: bool = True) -> Iterator[av.VideoFrame]:
-        for index, frame in enumerate(self.container.decode(self.stream)):
-            self.num_decoded += 1
-            if not timed:
-                frame.pts = index
-            if frame.pts is not None:
-                yield frame
+        index = 0
+        for packet in self.container.demux(self.stream):
+            skips = self.wanted is not None and packet.pts is not None and packet.pts < self.wanted
+            self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
+            for frame in packet.decode():
+                self.num_decoded += 1
+                if not timed:
+                    frame.pts = index
+                index += 1
+                if frame.pts is not None:
+                    yield frame
 
 
 def _limits(start: int, ticks_per_frame: Fraction, total: int, num_frames: int) -> list[Fraction]:
