@@ -144,7 +144,7 @@ def vary_speech(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def vary_sound(chunks: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
     """The filterbanks [frames, mel bins] of a sound, a little higher or lower and louder or quieter, its first chunk begun a
     little later."""
-    bins, level, late = int(rng.integers(-5, 6)), rng.uniform(-0.2, 0.2), int(rng.integers(0, 8))
+    bins, level, late = int(rng.integers(-3, 4)), rng.uniform(-0.1, 0.1), int(rng.integers(0, 8))
     chunks = [np.roll(chunk, bins, axis=1) + np.float16(level) for chunk in chunks]
     if len(chunks) == 1 and len(chunks[0]) > 60:
         chunks[0] = chunks[0][late:]

@@ -50,6 +50,13 @@ PHASES = {
             learning_rate=1e-3,
             chances={"scene": 0.4, "digit": 0.32, "shape_video": 0.22, "digit_video": 0.06},
         ),
+        TowerPhase(
+            name="again",
+            steps=1500,
+            batch_size=32,
+            learning_rate=8e-4,
+            chances={"scene": 0.4, "digit": 0.4, "shape_video": 0.14, "digit_video": 0.06},
+        ),
     ),
     "sound": (
         TowerPhase(
@@ -71,6 +78,7 @@ PHASES = {
         ),
         # The two towers share nothing, so speech need not be said again.
         TowerPhase(name="events", steps=400, batch_size=32, learning_rate=8e-4, chances={"event": 1.0}),
+        TowerPhase(name="again", steps=500, batch_size=32, learning_rate=5e-4, chances={"event": 1.0}),
     ),
 }
 
@@ -85,7 +93,7 @@ def train_towers(args, group: str) -> None:
     model = model.model
     classifier = TowerClassifier(model, group)
     banks, watched = load_items(args, processor)
-    for phase in PHASES[group]:
+    for number, phase in enumerate(PHASES[group]):
         path = args.work / f"towers-{group}-{phase.name}.pt"
         if path.exists():
             classifier.load_state_dict(torch.load(path, weights_only=True), strict=False)
@@ -98,9 +106,9 @@ def train_towers(args, group: str) -> None:
             trainer = Trainer(
                 model=classifier,
                 args=settings,
-                train_dataset=ItemDataset(banks, phase.chances, size, seed=args.seed + 100),
+                train_dataset=ItemDataset(banks, phase.chances, size, seed=args.seed + 100 + number),
                 data_collator=collator,
-                callbacks=[Watch(classifier, watched, collator, every=max(settings.max_steps // 8, 1))],
+                callbacks=[Watch(classifier, watched, collator, every=max(settings.max_steps // 4, 1))],
             )
             trainer.train()
         torch.save(learnt(classifier, group), path)
