@@ -1,8 +1,8 @@
 """Trains all conditions of `docs/claims.md` and writes what was measured: `python -m scripts.experiments.claims`.
 
-Needs the checkpoint of stage 1 that `python -m scripts.tiny.train` writes, and uses its towers' features. Whatever is finished
-is passed over, so a run that was cut off goes on where it was. For several processes give each its own seeds; the last one
-gathers all that is finished.
+Needs the checkpoint from before stage 1 that `python -m scripts.tiny.train` writes (towers that tell items apart, a decoder that
+answers about items told in words), and uses the features of its towers. Whatever is finished is passed over, so a run that was
+cut off goes on where it was. For several processes give each its own seeds; the last one gathers all that is finished.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from .measure import LossCurve, held_out, routing
 from .starts import decoder_parameters, starting_model
 
 Banks = dict[str, Any]
+SINGLE = tuple(modality for (modality,) in FOUR)
 RESULTS = Path("docs/claims/results.json")
-STAGE_1 = "stage-1"
+# Before stage 1.
+BASE = "reading"
 
 
 class Experiment:
     """Conditions on the same questions.
 
     Args:
-        aligned: Folder of the dense checkpoint of stage 1.
-        banks: Features of the items to train on and of the held-out ones, by kind of item.
+        base: Folder of the dense checkpoint from before stage 1.
+        train_banks, test_banks: Features of the items to train on and of the held-out ones, by kind of item.
         folder: Keeps the experts of stage 2 and a JSON for each finished run.
 
     Raises:
@@ -49,9 +51,9 @@ class Experiment:
     """
 
     def __init__(
-        self, settings: Settings, aligned: Path, processor: Any, train_banks: Banks, test_banks: Banks, folder: Path
+        self, settings: Settings, base: Path, processor: Any, train_banks: Banks, test_banks: Banks, folder: Path
     ):
-        self.settings, self.aligned, self.folder = settings, aligned, folder
+        self.settings, self.base, self.folder = settings, base, folder
         self.train_banks, self.test_banks = train_banks, test_banks
         self.collator = FeatureCollator(processor)
         claim_folder(folder, settings)
@@ -68,11 +70,11 @@ class Experiment:
 
     def _measured(self, condition: Condition, seed: int) -> dict[str, Any]:
         tuned = [self._expert(group, seed) for group in condition.experts] if condition.start == "tuned" else []
-        model = starting_model(condition, self.settings.layers, self.aligned, tuned, seed)
+        model = starting_model(condition, self.settings.layers, self._aligned(seed), tuned, seed)
         activated, total = decoder_parameters(model)
         data = self._mixed_questions(seed)
         if condition.all_questions:
-            data = ConcatDataset([*(self._questions(modality, seed) for (modality,) in FOUR), data])
+            data = ConcatDataset([*(self._questions(modality, seed) for modality in SINGLE), data])
         steps = self.settings.steps(condition)
         curve, history = self._train(model, ["language_model", "connectors"], data, steps, seed)
         return {
@@ -85,12 +87,25 @@ class Experiment:
 
     def _expert(self, group: tuple[str, ...], seed: int) -> Path:
         """Stage 2: the folder of the dense model whose FFNs and connectors were tuned on some modalities."""
-        folder = self.folder / f"expert-{'-'.join(group)}-{seed}"
+        data = ConcatDataset([self._questions(modality, seed) for modality in group])
+        parts = ["ffn", *sorted({CONNECTORS[modality] for modality in group})]
+        steps = self.settings.group_steps(group)
+        return self._stage(f"expert-{'-'.join(group)}-{seed}", self._aligned(seed), parts, data, steps, seed)
+
+    def _aligned(self, seed: int) -> Path:
+        """Stage 1: the folder of the dense model whose connectors have learned a little of each modality."""
+        steps = self.settings.align_steps
+        data = QuestionDataset(self.train_banks, steps * self.settings.batch_size, 900 + seed, SINGLE)
+        return self._stage(f"aligned-{seed}", self.base, ["connectors"], data, steps, seed, self.settings.align_rate)
+
+    def _stage(
+        self, name: str, start: Path, parts: list[str], data: Dataset, steps: int, seed: int, rate: float | None = None
+    ) -> Path:
+        """The folder of a dense model with some parts trained, unless that was done before."""
+        folder = self.folder / name
         if not (folder / "config.json").is_file():
-            model = unimoe.UniMoEForConditionalGeneration.from_pretrained(self.aligned)
-            data = ConcatDataset([self._questions(modality, seed) for modality in group])
-            parts = ["ffn", *sorted({CONNECTORS[modality] for modality in group})]
-            self._train(model, parts, data, self.settings.group_steps(group), seed)
+            model = unimoe.UniMoEForConditionalGeneration.from_pretrained(start)
+            self._train(model, parts, data, steps, seed, rate)
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             model.save_pretrained(unfinished)
@@ -107,7 +122,13 @@ class Experiment:
         return QuestionDataset(self.train_banks, size, 5000 + seed, MODALITIES)
 
     def _train(
-        self, model: PreTrainedModel, parts: list[str], data: Dataset, steps: int, seed: int
+        self,
+        model: PreTrainedModel,
+        parts: list[str],
+        data: Dataset,
+        steps: int,
+        seed: int,
+        rate: float | None = None,
     ) -> tuple[list[float], list[dict[str, float]]]:
         """The loss of every step, and Trainer's logs."""
         set_seed(seed)
@@ -119,7 +140,7 @@ class Experiment:
                 output_dir=str(self.folder / "trainer"),
                 max_steps=steps,
                 per_device_train_batch_size=self.settings.batch_size,
-                learning_rate=self.settings.learning_rate,
+                learning_rate=rate or self.settings.learning_rate,
                 warmup_steps=min(self.settings.warmup_steps, steps // 2),
                 lr_scheduler_type="cosine",
                 weight_decay=0.05,
@@ -184,25 +205,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="work folder of scripts.tiny.train")
     parser.add_argument("--runs", type=Path, default=Path("build/claims"), help="keeps what is finished")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that make items which are not there yet")
     defaults = Settings()
+    parser.add_argument("--align-steps", type=int, default=defaults.align_steps)
     parser.add_argument("--expert-steps", type=int, default=defaults.expert_steps)
     parser.add_argument("--mixed-steps", type=int, default=defaults.mixed_steps)
     args = parser.parse_args()
-    aligned = args.work / STAGE_1
-    if not (aligned / "config.json").is_file():
-        parser.error(f"no {aligned}: run `python -m scripts.tiny.train --work {args.work}` first")
+    base = args.work / BASE
+    if not (base / "config.json").is_file():
+        parser.error(f"no {base}: run `python -m scripts.tiny.train --work {args.work}` first")
     torch.set_num_threads(args.threads)
-    settings = Settings(expert_steps=args.expert_steps, mixed_steps=args.mixed_steps)
+    settings = Settings(args.align_steps, args.expert_steps, args.mixed_steps)
     claim_folder(args.runs, settings)
     _, processor = build(0)
-    banks = load_banks(
-        args.work, unimoe.UniMoEForConditionalGeneration.from_pretrained(aligned), processor, args.workers
-    )
-    experiment = Experiment(settings, aligned, processor, *banks, args.runs)
+    model = unimoe.UniMoEForConditionalGeneration.from_pretrained(base)
+    banks = load_banks(args.work, model, processor, args.workers)
+    experiment = Experiment(settings, base, processor, *banks, args.runs)
     # Seed by seed, so that what is there at any time can be compared.
     runs = [(name, seed) for seed in args.seeds for name in args.conditions]
     progress = tqdm(runs)

@@ -55,18 +55,22 @@ class Settings:
     """How long and on what is trained; the same for all conditions.
 
     Args:
+        align_steps: Steps of stage 1. Few, so that much is left to learn behind it.
         expert_steps: Steps of stage 2 for each of the four modalities.
         mixed_steps: Steps of stage 3.
+        align_rate, learning_rate: Highest learning rates of stage 1 and of what follows.
         questions: Held-out questions for each modality.
         layers: The decoder's layers that become sparse, or wide. In all of them, nothing that stage 2 tunes is lost.
     """
 
-    expert_steps: int = 50
-    mixed_steps: int = 200
-    batch_size: int = 24
+    align_steps: int = 80
+    expert_steps: int = 30
+    mixed_steps: int = 120
+    batch_size: int = 16
+    align_rate: float = 2e-3
     learning_rate: float = 1e-3
     warmup_steps: int = 20
-    questions: int = 300
+    questions: int = 200
     layers: str = "all"
 
     def steps(self, condition: Condition) -> int:

@@ -42,6 +42,7 @@ def starting_model(
         router_loss_scope="batch",
         seed=seed,
     )
+    model.set_experts_implementation("unimoe")
     return with_fresh_experts(model, seed) if condition.start == "fresh" else model
 
 

@@ -21,7 +21,7 @@ from scripts.tiny.training import build
 ITEMS = 12
 # [tokens, width] of the features of one part. Sounds have more tokens in truth.
 SHAPES = {"image": (36, 128), "video": (36, 128), "audio": (8, 96), "speech": (10, 96)}
-TINY = Settings(expert_steps=1, mixed_steps=2, batch_size=4, warmup_steps=1, questions=3)
+TINY = Settings(align_steps=1, expert_steps=1, mixed_steps=2, batch_size=4, warmup_steps=1, questions=3)
 
 
 class Items:
