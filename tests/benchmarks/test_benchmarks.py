@@ -11,8 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "router": ["--rounds", "1", "--tokens", "2", "--num-experts", "4"],
-    "sparse_block": ["--rounds", "1", "--hidden-size", "64", "--intermediate-size", "128", "--num-experts", "4", "--tokens", "9"],
+    "sparse_block": [
+        "--rounds",
+        "1",
+        "--hidden-size",
+        "64",
+        "--intermediate-size",
+        "128",
+        "--num-experts",
+        "4",
+        "--tokens",
+        "9",
+    ],
     "generation": ["--tiny", "--rounds", "1", "--tokens", "4", "--original-tokens", "3"],
+    "scaling": ["--tiny", "--rounds", "1"],
     "loading": ["--tiny", "--rounds", "1"],
     "conversion": ["--tiny", "--rounds", "1"],
     "memory": ["--tiny"],
