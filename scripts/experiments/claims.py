@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -106,10 +107,13 @@ class Experiment:
         if not (folder / "config.json").is_file():
             model = unimoe.UniMoEForConditionalGeneration.from_pretrained(start)
             self._train(model, parts, data, steps, seed, rate)
-            unfinished = folder.with_name(f"{folder.name}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = Path(mkdtemp(dir=self.folder))
             model.save_pretrained(unfinished)
-            unfinished.rename(folder)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                # Another process was faster, with the same result.
+                shutil.rmtree(unfinished)
         return folder
 
     def _questions(self, modality: str, seed: int) -> Dataset:
