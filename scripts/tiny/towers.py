@@ -1,7 +1,7 @@
 """Before the stages: towers and connectors learn to tell items apart, as the towers that real models start from have.
 
 Linear heads on the connectors' outputs name what is in an item; afterwards the heads are thrown away. The towers share no
-weights, so the groups "vision" and "sound" are trained by themselves.
+weights, so each is trained by itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ CLASSES: dict[str, dict[str, tuple]] = {
     "word": {"word": WORDS},
     "spoken_question": {"about": tuple(SPOKEN_QUESTIONS)},
 }
-GROUPS = {"vision": ("vision_",), "sound": ("audio_", "speech_")}
+# As they stand in the model: each is trained by itself, with its connector.
+TOWERS = ("vision", "audio", "speech")
+TOWER_OF = {"image": "vision", "video": "vision", "audio": "audio", "speech": "speech"}
 # Frames that a video is shown with while the tower learns: every frame costs as much as a picture.
 MOST_FRAMES = 4
 POSITION_SCALE = 0.5
@@ -87,7 +89,7 @@ def speech_window(model: unimoe.UniMoEModel, frames: int | None) -> Iterator[Non
 
 
 class ItemDataset(Dataset):
-    """Item i of a group; speech and pictures are changed a little every time, so that few stand for many.
+    """Item i of a tower; speech and pictures are changed a little every time, so that few stand for many.
 
     Args:
         chances: How often each kind is shown.
@@ -201,7 +203,7 @@ class TowerClassifier(nn.Module):
     only in how much of the picture a shape has touched.
     """
 
-    def __init__(self, model: unimoe.UniMoEModel, group: str):
+    def __init__(self, model: unimoe.UniMoEModel, tower: str):
         super().__init__()
         self.model = model
         width = model.config.text_config.hidden_size
@@ -209,7 +211,7 @@ class TowerClassifier(nn.Module):
         self.heads = nn.ModuleDict()
         for kind, facts in CLASSES.items():
             content_type = CONTENT_TYPES[kind]
-            if (content_type in ("image", "video")) != (group == "vision"):
+            if TOWER_OF[content_type] != tower:
                 continue
             for name, classes in facts.items():
                 if content_type in queries:

@@ -35,9 +35,9 @@ from unimoe.training.upcycling import assemble_experts
 from .architecture import MODALITIES as CONTENT_TYPES
 from .questions import MODALITIES
 from .tower_features import FromTowerFeatures, feature_bank
-from .towers import GROUPS
-from .train_towers import stored_towers
-from .training import Phase, arguments, build, load_items, load_towers, steps_of, training_arguments
+from .towers import TOWERS
+from .train_towers import stored_tower
+from .training import Phase, arguments, build, load_items, load_tower, steps_of, training_arguments
 from .training_data import FeatureCollator, QuestionDataset, TextCollator
 
 # What the model returns beside loss and logits; the watching need not gather it.
@@ -96,15 +96,15 @@ class Stages:
         return folder
 
     def towers(self) -> None:
-        """Both groups at once, one process each."""
-        missing = [group for group in GROUPS if not stored_towers(self.work, group).exists()]
+        """All three at once, one process each."""
+        missing = [tower for tower in TOWERS if not stored_tower(self.work, tower).exists()]
         command = [sys.executable, "-m", "scripts.tiny.train_towers", "--work", str(self.work)]
         command += ["--seed", str(self.args.seed), "--fraction", str(self.args.fraction), "--threads", "1"]
-        processes = [subprocess.Popen([*command, group]) for group in missing]
+        processes = [subprocess.Popen([*command, tower]) for tower in missing]
         if any([process.wait() for process in processes]):
             raise RuntimeError("the training of the towers failed")
-        for group in GROUPS:
-            load_towers(self.base.model, stored_towers(self.work, group))
+        for tower in TOWERS:
+            load_tower(self.base.model, stored_tower(self.work, tower))
 
     def features(self) -> None:
         """Replaces the banks of items by what the towers make of them."""

@@ -1,4 +1,4 @@
-"""Trains the towers of one group: `python -m scripts.tiny.train_towers vision` (or `sound`)."""
+"""Trains one tower with its connector: `python -m scripts.tiny.train_towers vision` (or `audio`, `speech`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from .towers import GROUPS, ItemCollator, ItemDataset, TowerClassifier, Watch, speech_window
+from .towers import TOWERS, ItemCollator, ItemDataset, TowerClassifier, Watch, speech_window
 from .training import Phase, arguments, build, load_items, training_arguments, without_unread_layers
 
 
@@ -58,43 +58,47 @@ PHASES = {
             chances={"scene": 0.4, "digit": 0.4, "shape_video": 0.14, "digit_video": 0.06},
         ),
     ),
-    "sound": (
+    "speech": (
         TowerPhase(
             name="short",
             steps=1150,
-            batch_size=64,
+            batch_size=44,
             learning_rate=1.5e-3,
             warmup_steps=100,
-            chances={"word": 0.55, "spoken_question": 0.13, "event": 0.32},
+            chances={"word": 0.81, "spoken_question": 0.19},
             speech_frames=320,
         ),
         TowerPhase(
             name="whole",
             steps=380,
-            batch_size=32,
+            batch_size=12,
             learning_rate=5e-4,
             warmup_steps=20,
-            chances={"word": 0.3, "spoken_question": 0.08, "event": 0.62},
+            chances={"word": 0.8, "spoken_question": 0.2},
         ),
-        # The two towers share nothing, so speech need not be said again.
+    ),
+    "audio": (
+        TowerPhase(
+            name="first", steps=1500, batch_size=20, learning_rate=1.5e-3, warmup_steps=100, chances={"event": 1.0}
+        ),
         TowerPhase(name="events", steps=400, batch_size=32, learning_rate=8e-4, chances={"event": 1.0}),
         TowerPhase(name="again", steps=500, batch_size=32, learning_rate=5e-4, chances={"event": 1.0}),
     ),
 }
 
 
-def stored_towers(work: Path, group: str) -> Path:
-    return work / f"towers-{group}-{PHASES[group][-1].name}.pt"
+def stored_tower(work: Path, tower: str) -> Path:
+    return work / f"tower-{tower}-{PHASES[tower][-1].name}.pt"
 
 
-def train_towers(args, group: str) -> None:
-    """All phases of a group; those whose result is there already are passed over."""
+def train_tower(args, tower: str) -> None:
+    """All phases of a tower; those whose result is there already are passed over."""
     model, processor = build(args.seed)
     model = model.model
-    classifier = TowerClassifier(model, group)
+    classifier = TowerClassifier(model, tower)
     banks, watched = load_items(args, processor)
-    for number, phase in enumerate(PHASES[group]):
-        path = args.work / f"towers-{group}-{phase.name}.pt"
+    for number, phase in enumerate(PHASES[tower]):
+        path = args.work / f"tower-{tower}-{phase.name}.pt"
         if path.exists():
             classifier.load_state_dict(torch.load(path, weights_only=True), strict=False)
             continue
@@ -111,13 +115,13 @@ def train_towers(args, group: str) -> None:
                 callbacks=[Watch(classifier, watched, collator, every=max(settings.max_steps // 4, 1))],
             )
             trainer.train()
-        torch.save(learnt(classifier, group), path)
-        print(f"towers of {group}, {phase.name}: {time.time() - started:.0f} s", flush=True)
+        torch.save(learnt(classifier, tower), path)
+        print(f"{tower} tower, {phase.name}: {time.time() - started:.0f} s", flush=True)
 
 
-def learnt(classifier: TowerClassifier, group: str) -> dict[str, torch.Tensor]:
-    """The group's towers, connectors and heads. Whisper's sines are not learnt, and as long as the window of a phase."""
-    prefixes = ("heads.", *(f"model.{prefix}" for prefix in GROUPS[group]))
+def learnt(classifier: TowerClassifier, tower: str) -> dict[str, torch.Tensor]:
+    """The tower, its connector and heads. Whisper's sines are not learnt, and as long as the window of a phase."""
+    prefixes = ("heads.", f"model.{tower}_")
     return {
         name: parameter.detach()
         for name, parameter in classifier.named_parameters()
@@ -127,10 +131,10 @@ def learnt(classifier: TowerClassifier, group: str) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("tower", choices=TOWERS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train_towers(args, args.group)
+    train_tower(args, args.tower)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def without_unread_layers(model: unimoe.UniMoEModel) -> Iterator[None]:
         config.vision_config.num_hidden_layers, config.vision_feature_layer = len(layers), feature_layer
 
 
-def load_towers(model: unimoe.UniMoEModel, path: Path) -> None:
+def load_tower(model: unimoe.UniMoEModel, path: Path) -> None:
     """Towers and connectors that `train_towers` has trained, without its heads."""
     stored = torch.load(path, weights_only=True)
     prefix = "model."
