@@ -121,8 +121,13 @@ def long_table(rows: Iterable[Row]) -> str:
 
 
 def command(document: dict[str, Any]) -> str:
-    full = " --full" if document["options"].get("full") else ""
-    return f"python -m benchmarks.{document['benchmark']}{full}"
+    """The command line that was run, with the values of all its options."""
+    words = [f"python -m benchmarks.{document['benchmark']}"]
+    for name, value in document["options"].items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def results(document: dict[str, Any]) -> str:
