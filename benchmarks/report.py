@@ -7,6 +7,7 @@ plots are drawn beside the files.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 Row = dict[str, Any]
 DENSE, LOOP = "dense FFN", "loop over experts"
+# Tokens from which arithmetic and not memory limits the block, so that the dense FFN is the floor.
+ARITHMETIC_TOKENS = 256
 # Of the sparse block: what a row compares with, and the column's title.
 BLOCK_COLUMNS = {
     DENSE: "time / dense FFN",
@@ -108,7 +111,31 @@ def block_tables(document: dict[str, Any]) -> str:
         f"{what.replace('+', ' and ').capitalize()}, {dtype}:\n\n{pivot(rows, ['experts', 'tokens'], BLOCK_COLUMNS)}"
         for (dtype, what), rows in by_table.items()
     ]
-    return "\n\n".join([*pieces, long_table(others)] if others else pieces)
+    pieces += [long_table(others)] if others else []
+    return "\n\n".join([*pieces, *block_limit(document["rows"])])
+
+
+def block_limit(rows: Iterable[Row]) -> list[str]:
+    """How far ahead of the best of Transformers a forward pass at the limits would be, as a sentence, if it is known."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["case"].startswith("float32") and row["what"].strip() in ("forward", "memory"):
+            name = "memory" if row["what"].strip() == "memory" else peer_of(row)
+            times.setdefault(row["case"], {})[name] = row["ratio"]
+    logs = []
+    for case, ratios in times.items():
+        if {DENSE, "memory", "best of Transformers"} <= set(ratios):
+            tokens = int(re.search(r"(\d+) tokens", case)[1])
+            least = max(ratios["memory"], 1.0) if tokens >= ARITHMETIC_TOKENS else ratios["memory"]
+            logs.append(math.log(ratios["best of Transformers"] * ratios[DENSE] / least))
+    if not logs:
+        return []
+    mean = math.exp(sum(logs) / len(logs))
+    return [
+        "A forward pass in float32 that took the least time for memory, and from "
+        f"{ARITHMETIC_TOKENS} tokens the dense FFN's, would be {mean:.2f} times as fast as the best of Transformers in the "
+        "geometric mean of these rows."
+    ]
 
 
 def long_table(rows: Iterable[Row]) -> str:
