@@ -28,13 +28,12 @@ from unimoe.training.callbacks import ReportCallback
 from unimoe.training.parts import train_only
 from unimoe.training.trainer import ModalityTrainer
 
-from .conditions import CONDITIONS, CONNECTORS, FOUR, Condition, Settings
+from .conditions import CONDITIONS, CONNECTORS, FOUR, RESULTS, Condition, Settings
 from .measure import LossCurve, held_out, routing
 from .starts import decoder_parameters, starting_model
 
 Banks = dict[str, Any]
 SINGLE = tuple(modality for (modality,) in FOUR)
-RESULTS = Path("docs/claims/results.json")
 # Before stage 1.
 BASE = "reading"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+RESULTS = Path("docs/claims/results.json")
 TOP_K = 2
 AUX_LOSS = 0.01
 # The modalities that stage 2 tunes FFNs for; each list of groups makes as many experts.

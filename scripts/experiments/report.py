@@ -11,8 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from .claims import RESULTS
-from .conditions import Settings
+from .conditions import RESULTS, Settings
 from .tables import all_tables
 
 PAGE = Path("docs/claims.md")

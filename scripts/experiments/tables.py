@@ -60,7 +60,7 @@ def parameters_table(runs: list[Run]) -> str:
 
 def comparisons_table(runs: list[Run], claim: str) -> str:
     """The comparisons that decide on a claim."""
-    head = ["", "less", "in", "claimed", "difference", "by seed", "verdict"]
+    head = ["model", "against", "measure", "claimed to be", "difference", "by seed", "the claim"]
     rows = []
     for comparison in COMPARISONS:
         values = differences(comparison, runs)
@@ -73,7 +73,7 @@ def comparisons_table(runs: list[Run], claim: str) -> str:
                 CONDITIONS[comparison.first].title,
                 CONDITIONS[comparison.second].title,
                 MEASURES[comparison.measure],
-                "more" if comparison.expected > 0 else "less",
+                "larger" if comparison.expected > 0 else "smaller",
                 f"{mean(values):+.{digits}f}",
                 by_seed,
                 verdict(values, comparison.expected),
