@@ -1,7 +1,7 @@
 """Writes what the benchmarks found into a page: `python -m benchmarks.report FOLDER --page docs/performance.md`.
 
 FOLDER holds the files of `python -m benchmarks --json FOLDER`. In the page, what stands between `<!-- NAME -->` and
-`<!-- end NAME -->` is written anew: NAME is a benchmark, "machine" or "goals"; the words around it stay. With matplotlib,
+`<!-- end NAME -->` is written anew: NAME is a file's, "machine" or "goals"; the words around it stay. With matplotlib,
 plots are drawn beside the files.
 """
 
@@ -36,15 +36,15 @@ ROUTER_COLUMNS = {
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The documents by the name of their benchmark.
+    """The documents by the names of their files: a benchmark may have several, run with other options.
 
     Raises:
         FileNotFoundError: the folder has none.
     """
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     if not found:
         raise FileNotFoundError(f"{folder} has no JSON files: write some by `python -m benchmarks --json {folder}`")
-    return {document["benchmark"]: document for document in found}
+    return found
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[Any]], words: int = 2) -> str:
@@ -181,7 +181,8 @@ def goals(documents: dict[str, dict[str, Any]]) -> str:
         for row in document["rows"]:
             if "goal" in row:
                 sign = "≤" if row["lower_is_better"] else "≥"
-                key = (name, row["what"], peer_of(row), f"{sign} {row['goal']:g}")
+                what = row["what"] + (", mean of all rows" if "mean of" in row["case"] else "")
+                key = (name, what, peer_of(row), f"{sign} {row['goal']:g}")
                 groups.setdefault(key, []).append(row)
     lines = []
     for key, rows in groups.items():
