@@ -20,7 +20,7 @@ HIDDEN = 1024
 # Times as fast as Mixtral's, by tokens.
 GOALS = {1: 3.0, 4096: 1.5}
 # Runs that are timed together, by tokens: one alone is too short for the clock.
-REPETITIONS = {1: 500, 8: 200, 32: 100, 256: 20}
+REPETITIONS = {1: 200, 8: 100, 32: 50, 256: 10}
 
 
 def repeated(run: Callable[[], Any], tokens: int) -> Callable[[], None]:
