@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ def check_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         if not file.is_file():
             raise ValueError(f"{folder}: no {file.name} there; give the folder of an adapter")
     config = json.loads(config_file.read_text())
-    modules = {name for name, _ in model.named_modules()}
+    modules = _endings(name for name, _ in model.named_modules())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     named = config.get("target_modules") or []
     targets = [] if isinstance(named, str) else [*named, *(config.get("modules_to_save") or [])]
     missing = [name for name in targets if "." in name and name not in modules]
-    missing += [name for name in config.get("target_parameters") or [] if "." in name and name not in shapes]
+    parameters = _endings(shapes)
+    missing += [name for name in config.get("target_parameters") or [] if "." in name and name not in parameters]
     wrong = []
     with safe_open(weights, "pt") as file:
         for key in file.keys():
@@ -54,6 +56,12 @@ def check_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> None:
             f"{folder}: this adapter was made for another model ({base}): {'; '.join(reasons)}"
             + (f" and {count - len(reasons)} more" if count > len(reasons) else "")
         )
+
+
+def _endings(names: Iterable[str]) -> set[str]:
+    """All that PEFT takes for one of the names: the name, or what stands behind one of its dots. (It stores many targets by
+    their shortest such ends.)"""
+    return {name.split(".", dots)[-1] for name in names for dots in range(name.count(".") + 1)}
 
 
 def _wrong_experts(shapes: dict[str, tuple], weights: Path, config: dict[str, Any]) -> list[str]:
