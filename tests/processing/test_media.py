@@ -19,9 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from unimoe.processing import video_frames
 from unimoe.processing.media import MediaError, check_media, load_audio, load_image, load_video
-from unimoe.processing.video_frames import open_container as open_it
 from unimoe.processing.video_frames import read_frames
 
 
@@ -435,20 +433,6 @@ def test_long_video_is_read_by_seeking(tmp_path, name):
     frames, num_decoded = read_frames(Path(path), 8, "video")
     assert len(frames) == 8
     assert num_decoded <= 8 * 12, f"{num_decoded} of 900 frames decoded"
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads where Linux lists them")
-def test_decoding_leaves_no_threads_to_a_forked_process(tmp_path, monkeypatch):
-    # A decoder's threads outlive the reading until the garbage collector comes by, which would wait for them in a process
-    # that they are not in.
-    path = write_video(tmp_path / "video.mp4", 30, codec="mpeg4", size=(320, 240))
-    containers = []
-    monkeypatch.setattr(
-        video_frames, "open_container", lambda *args: containers.append(open_it(*args)) or containers[0]
-    )
-    before = set(os.listdir("/proc/self/task"))
-    read_frames(Path(path), 8, "video")
-    assert containers and set(os.listdir("/proc/self/task")) <= before
 
 
 def test_number_of_frames_is_counted_as_the_original_does(tmp_path):

@@ -1,5 +1,6 @@
 """Small files and models that the training tests share."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ from unimoe import UniMoEForConditionalGeneration
 sys.path.append(str(Path(__file__).parents[1] / "processing"))
 from tiny_processor import RATE, image, sound, tiny_config_for, tiny_processor  # noqa: E402
 from training_records import RECORDS  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_decoders_left():
+    """Transformers' video reader leaves its decoders to the garbage collector, which in a forked process, such as a data
+    loader's, would wait for ever for their threads: they have stayed in the process of the tests."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -32,17 +32,12 @@ def open_container(source: Path | bytes, name: str) -> av.container.InputContain
     # An absolute path, so that a file called "concat:..." is not taken for a protocol.
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
     try:
-        container = av.open(file, options={"format_whitelist": SAFE_FORMATS})
+        return av.open(file, options={"format_whitelist": SAFE_FORMATS})
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(
             f"{label(name, source)}: not a readable sound or video file ({one_line(error)}); "
             "pass a whole file in a usual format, such as mp4, webm, gif, avi, wav, flac or mp3."
         ) from None
-    for stream in (*container.streams.video, *container.streams.audio):
-        # A container is freed by the garbage collector. Where that happens in a forked process, such as a data loader's, it
-        # would wait for ever for decoding threads that have stayed in the other process.
-        stream.codec_context.thread_count = 1
-    return container
 
 
 def read_frames(source: Path | bytes, num_frames: int, name: str) -> tuple[list[Image.Image], int]:
