@@ -35,7 +35,9 @@ PHI = {
 }
 
 
-@pytest.mark.parametrize("decoder, billions", [(STABLELM, 2.0), (QWEN, 2.2), (PHI, 3.6)], ids=["stablelm", "qwen", "phi"])
+@pytest.mark.parametrize(
+    "decoder, billions", [(STABLELM, 2.0), (QWEN, 2.2), (PHI, 3.6)], ids=["stablelm", "qwen", "phi"]
+)
 def test_activated_parameters_of_the_decoder(decoder, billions):
     config = UniMoEConfig(text_config=decoder, text_sparsity={"layers": "even", "num_experts": 4, "top_k": 2})
     # The table cuts off what follows the first decimal.

@@ -70,7 +70,10 @@ print(json.dumps(pipe(text=text, max_new_tokens=4, **media)[0]["generated_text"]
 def run(program: str, *args: object, cache: Path) -> dict | str:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *map(str, args)], capture_output=True, text=True, env=environment
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -156,7 +159,9 @@ def test_the_folder_holds_every_file_that_the_code_imports(saved):
     import re
 
     files = code_files(saved[0] / "folder")
-    assert {"configuration_unimoe.py", "modeling_unimoe.py", "processing_unimoe.py", "pipeline_unimoe.py"} <= set(files)
+    assert {"configuration_unimoe.py", "modeling_unimoe.py", "processing_unimoe.py", "pipeline_unimoe.py"} <= set(
+        files
+    )
     for name, source in files.items():
         for imported in re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE):
             assert f"{imported}.py" in files, f"{name} imports {imported}"

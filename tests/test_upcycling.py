@@ -80,7 +80,9 @@ def test_recorded_start_of_cumos_third_stage(golden, tmp_path):
     upcycle(model, vision={"layers": "all", **sparsity}, connector=sparsity)
     state = model.state_dict()
     for name, value in recorded.items():
-        name = name.replace("vision_tower.vision_model.", "vision_tower.").replace("mm_projector.", "vision_connector.")
+        name = name.replace("vision_tower.vision_model.", "vision_tower.").replace(
+            "mm_projector.", "vision_connector."
+        )
         if name.endswith("gate.weight"):
             continue
         if ".experts." not in name:
@@ -97,7 +99,18 @@ def test_command(tmp_path):
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     model = dense_model()
     model.save_pretrained(dense)
-    args = ["upcycle", str(dense), "--output", str(sparse), "--parts", "text", "vision", "connector", "--num-experts", "3"]
+    args = [
+        "upcycle",
+        str(dense),
+        "--output",
+        str(sparse),
+        "--parts",
+        "text",
+        "vision",
+        "connector",
+        "--num-experts",
+        "3",
+    ]
     assert main([*args, "--layers", "0,2"]) == 0
     loaded = AutoModelForMultimodalLM.from_pretrained(sparse).eval()
     assert loaded.config.text_sparsity.layers == [0, 2]
@@ -154,7 +167,12 @@ def stock_llama():
 def stock_siglip():
     return SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
         )
     )
 
@@ -165,9 +183,7 @@ def test_stock_models_are_trained_saved_and_loaded(build, tmp_path):
     torch.manual_seed(0)
     model = sparsify(build(), "all", 4, 2).train()
     is_text = isinstance(model, LlamaForCausalLM)
-    inputs = (
-        {"input_ids": torch.arange(12).unsqueeze(0)} if is_text else {"pixel_values": torch.randn(2, 3, 16, 16)}
-    )
+    inputs = {"input_ids": torch.arange(12).unsqueeze(0)} if is_text else {"pixel_values": torch.randn(2, 3, 16, 16)}
 
     def loss():
         if is_text:

@@ -62,7 +62,9 @@ def upcycle(
 def _read(name: str, value: Sparsity) -> PreTrainedConfig:
     sparsity = UniMoESparsityConfig(**value) if isinstance(value, dict) else value
     if not sparsity.norm_topk_prob and not sparsity.residual:
-        raise ValueError(f"{name}: `norm_topk_prob` must be True, else equal experts do not compute what the FFN computed")
+        raise ValueError(
+            f"{name}: `norm_topk_prob` must be True, else equal experts do not compute what the FFN computed"
+        )
     if sparsity.router_modality_maps:
         raise ValueError(f"{name}: `router_modality_maps` have no dense counterpart; leave them out")
     return sparsity
@@ -80,7 +82,9 @@ def _check_dense(model: UniMoEForConditionalGeneration, name: str) -> None:
         settings = config.vision_connector_config
         is_sparse = settings.sparsity is not None
         if settings.type != "mlp" or settings.num_layers != 2:
-            raise ValueError(f"connector: an MLP of two layers is needed, this is {settings.type!r} of {settings.num_layers}")
+            raise ValueError(
+                f"connector: an MLP of two layers is needed, this is {settings.type!r} of {settings.num_layers}"
+            )
     if is_sparse:
         raise ValueError(f"{name}: this part is sparse already; give a dense checkpoint")
 

@@ -74,7 +74,9 @@ def expand_labels(labels: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor, 
     """Recorded labels, with the images' places left out of the loss; padded on the right."""
     expanded = []
     for ids, row, real in zip(rows.tolist(), labels.tolist(), mask.tolist()):
-        groups = [[IGNORED] * num_tokens if token == IMAGE else [label] for token, label, one in zip(ids, row, real) if one]
+        groups = [
+            [IGNORED] * num_tokens if token == IMAGE else [label] for token, label, one in zip(ids, row, real) if one
+        ]
         expanded.append([label for group in groups for label in group])
     width = max(map(len, expanded))
     return torch.tensor([row + [IGNORED] * (width - len(row)) for row in expanded])

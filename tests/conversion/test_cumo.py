@@ -54,7 +54,9 @@ def converted(tmp_path_factory):
     def find(name):
         if name not in folders:
             tower = SET / json.loads((SET / name / "config.json").read_text())["mm_vision_tower"]
-            folders[name] = convert("cumo", tmp_path_factory.mktemp("cumo") / name, checkpoint=SET / name, vision_tower=tower)
+            folders[name] = convert(
+                "cumo", tmp_path_factory.mktemp("cumo") / name, checkpoint=SET / name, vision_tower=tower
+            )
         return folders[name]
 
     return find
@@ -327,7 +329,9 @@ def test_conversation_tokens_and_labels(loaded, name):
     assert trained == [label for label in facts["labels"] if label != IGNORED]
 
 
-@pytest.mark.parametrize("template", [name for name in read_json("text_cases.json").get("prompts", {}) if "mistral" in name])
+@pytest.mark.parametrize(
+    "template", [name for name in read_json("text_cases.json").get("prompts", {}) if "mistral" in name]
+)
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_prompt(loaded, template, kind):
     processor = loaded("mistral")[1]

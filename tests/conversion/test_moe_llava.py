@@ -62,9 +62,7 @@ def expert_parts(weights, prefix, kind):
 def build_block(facts, weights):
     """The sparse block of a setting of the layer alone."""
     kind, count = facts["expert"], facts["num_experts"]
-    experts = [
-        expert_parts(weights, f"deepspeed_moe.experts.deepspeed_experts.{e}.", kind) for e in range(count)
-    ]
+    experts = [expert_parts(weights, f"deepspeed_moe.experts.deepspeed_experts.{e}.", kind) for e in range(count)]
     block = UniMoESparseMoeBlock(
         facts["hidden"],
         experts[0]["down_proj"].shape[1],
@@ -322,7 +320,9 @@ def check_gradients(model, tensors):
         close(found, expected, 1e-5, name, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(file.stem.removeprefix("cases_") for file in SET.glob("cases_*_stage2.safetensors")))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem.removeprefix("cases_") for file in SET.glob("cases_*_stage2.safetensors"))
+)
 def test_second_stage(converted, name):
     model = load_model(converted(name))
     assert model.config.text_sparsity is None
@@ -337,9 +337,7 @@ def test_second_stage(converted, name):
 def test_first_stage(tmp_path, folder):
     """The projector of the first stage on a decoder of its own; here the second stage's stands in for it."""
     base = SET / folder.name.replace("_stage1", "_stage2")
-    output = convert(
-        "moe-llava", tmp_path / "converted", checkpoint=folder, base=base, vision_tower=tower_of(folder)
-    )
+    output = convert("moe-llava", tmp_path / "converted", checkpoint=folder, base=base, vision_tower=tower_of(folder))
     state = load_model(output).state_dict()
     projector = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert projector
@@ -388,7 +386,9 @@ def processors():
         if not (SET / f"tokenizer-{name}").is_dir():
             pytest.skip(f"the set has no tokenizer of {name}")
         if name not in found:
-            config = UniMoEConfig(text_config={"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 1})
+            config = UniMoEConfig(
+                text_config={"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 1}
+            )
             conversion = Conversion(config, Plan({}), "", {}, "", tokenizer_folder=SET / f"tokenizer-{name}")
             image_processor = CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size={"height": 14, "width": 14})
             found[name] = UniMoEProcessor(
@@ -474,14 +474,17 @@ def test_labels(processors, image_file, name, case):
     )
     assert with_sign(outputs["input_ids"][0], processor) == entry["input_ids"]
     labels = [
-        token if answer else IGNORED
-        for token, answer in zip(outputs["input_ids"][0], outputs["assistant_masks"][0])
+        token if answer else IGNORED for token, answer in zip(outputs["input_ids"][0], outputs["assistant_masks"][0])
     ]
     assert labels == entry["labels"]
 
 
 def with_tokenizer():
-    return [name for name in final_checkpoints() if any((SET / name / file).is_file() for file in ("merges.txt", "tokenizer.model"))]
+    return [
+        name
+        for name in final_checkpoints()
+        if any((SET / name / file).is_file() for file in ("merges.txt", "tokenizer.model"))
+    ]
 
 
 @pytest.mark.parametrize("name", with_tokenizer())

@@ -136,6 +136,4 @@ def _plan_cumo(args: argparse.Namespace):
 def _plan_moe_llava(args: argparse.Namespace):
     from ..conversion.moe_llava import MoELLaVAPaths, plan_moe_llava
 
-    return plan_moe_llava(
-        MoELLaVAPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower, base=args.base)
-    )
+    return plan_moe_llava(MoELLaVAPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower, base=args.base))

@@ -15,13 +15,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="dense checkpoint folder")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the new folder")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["text"], help="what becomes sparse (default: text)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["text"], help="what becomes sparse (default: text)"
+    )
     parser.add_argument("--layers", default="even", help="of the decoder: all, even, odd, first_half or second_half, or numbers "
                         "with commas between (default: even)")  # fmt: skip
     parser.add_argument("--vision-layers", default="all", help="the same of the vision encoder (default: all)")
-    parser.add_argument("--num-experts", metavar="N", type=int, default=4, help="experts per sparse layer (default: 4)")
+    parser.add_argument(
+        "--num-experts", metavar="N", type=int, default=4, help="experts per sparse layer (default: 4)"
+    )
     parser.add_argument("--top-k", metavar="K", type=int, default=2, help="experts per token (default: 2)")
-    parser.add_argument("--expert", metavar="DIR", type=Path, action="append", default=[], help="checkpoint of an expert")
+    parser.add_argument(
+        "--expert", metavar="DIR", type=Path, action="append", default=[], help="checkpoint of an expert"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the output folder")
     parser.set_defaults(run=run)

@@ -64,11 +64,16 @@ class Decoder:
         """Its settings out of an original's `config.json`. Raises ConversionError where one is missing or not supported."""
         config = {self.rename.get(name, name): value for name, value in config.items()}
         if missing := [name for name in REQUIRED if not isinstance(config.get(name), int)]:
-            raise ConversionError(f"{file}: {', '.join(missing)} missing; a decoder of type {self.model_type!r} needs them")
+            raise ConversionError(
+                f"{file}: {', '.join(missing)} missing; a decoder of type {self.model_type!r} needs them"
+            )
         self.adapt(config)
         if config.get("rope_scaling"):
             raise ConversionError(f"{file}: rope_scaling={config['rope_scaling']!r}; no release has any")
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(config.get("rope_theta") or self.rope_theta)}
+        rope: dict[str, Any] = {
+            "rope_type": "default",
+            "rope_theta": float(config.get("rope_theta") or self.rope_theta),
+        }
         if config.get("partial_rotary_factor") is not None:
             rope["partial_rotary_factor"] = config["partial_rotary_factor"]
         picked = {name: config[name] for name in (*COMMON_FIELDS, *self.fields) if config.get(name) is not None}

@@ -84,7 +84,9 @@ def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
         plan.check(model_shapes(model_config))
     except ConversionError as error:
         raise ConversionError(f"{paths.checkpoint}: {error}") from None
-    stage = "" if sparse else f" after its {'second stage (dense)' if paths.base is None else 'first stage (projector)'}"
+    stage = (
+        "" if sparse else f" after its {'second stage (dense)' if paths.base is None else 'first stage (projector)'}"
+    )
     ntk = config.get("seq_length") if config.get("use_dynamic_ntk") else None
     return Conversion(
         config=model_config,
@@ -111,11 +113,15 @@ def _read_config(file: Path) -> tuple[dict[str, Any], Decoder]:
         other = "cumo" if "scales" in config else "uni-moe"
         raise ConversionError(f"{file}: a {kind!r} checkpoint, not a MoE-LLaVA one; use `unimoe convert {other}`")
     if match is None or "mm_image_tower" not in config:
-        raise ConversionError(f"{file}: model_type {kind!r}; a MoE-LLaVA checkpoint has one as 'moe_llava_stablelm'{ORIGIN}")
+        raise ConversionError(
+            f"{file}: model_type {kind!r}; a MoE-LLaVA checkpoint has one as 'moe_llava_stablelm'{ORIGIN}"
+        )
     if match[2] not in DECODERS:
         raise ConversionError(f"{file}: model_type {kind!r}; supported decoders are {', '.join(DECODERS)}")
     if config.get("mm_video_tower"):
-        raise ConversionError(f"{file}: mm_video_tower={config['mm_video_tower']!r}; no release has one, and none is supported")
+        raise ConversionError(
+            f"{file}: mm_video_tower={config['mm_video_tower']!r}; no release has one, and none is supported"
+        )
     return config, DECODERS[match[2]]
 
 
@@ -138,7 +144,9 @@ def _load(paths: MoELLaVAPaths, decoder: Decoder, account: Account) -> dict[str,
     if "lm_head.bias" in weights:
         account.ignore([weights.pop("lm_head.bias")], "the head's bias, which MoE-LLaVA leaves out")
     tensors = account.add(read_file(stage_1))
-    newer = {f"{decoder.root}mm_projector.{name.rpartition('mm_projector.')[2]}": part for name, part in tensors.items()}
+    newer = {
+        f"{decoder.root}mm_projector.{name.rpartition('mm_projector.')[2]}": part for name, part in tensors.items()
+    }
     return account.overlay(weights, newer, f"replaced by {PROJECTOR_FILE}")
 
 
