@@ -244,14 +244,6 @@ class UniMoETopKRouter(nn.Module):
         hidden_states_TH = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, self.hidden_size)
         if self.modality_maps is not None:
             hidden_states_TH = self.modality_maps(hidden_states_TH)
-        if self.noise is None:
-            return fused_topk_router(
-                hidden_states_TH,
-                self.weight,
-                self.top_k,
-                norm_topk_prob=self.norm_topk_prob,
-                router_dtype=self.router_dtype,
-            )
         return fused_topk_router(
             hidden_states_TH,
             self.weight,
