@@ -61,7 +61,6 @@ def test_a_page_without_a_place_is_refused(report, folder):
 
 
 def test_plots_compare_with_the_dense_ffn(report, folder):
-    pytest.importorskip("matplotlib")
     (file,) = report.plot(report.read(folder)["sparse_block"], folder)
     assert "eager" in file.read_text() and "4 experts" in file.read_text()
 

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,7 +55,6 @@ def test_merge_is_the_formula_in_float32(tmp_path):
 
 
 def test_merge_is_pefts(tmp_path):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 6, bias=False), torch.nn.Linear(6, 3, bias=False))
     torch.save(model.state_dict(), tmp_path / "base.bin")

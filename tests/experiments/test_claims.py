@@ -126,7 +126,6 @@ def test_fresh_experts_are_new_and_differ(aligned, dense):
 
 
 def test_report_from_runs(experiment, tmp_path):
-    pytest.importorskip("matplotlib")
     for name in ("two", "tuned_aux", "wide"):
         experiment.run(name, seed=0)
     results = tmp_path / "results.json"

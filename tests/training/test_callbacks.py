@@ -63,7 +63,6 @@ def test_numbers_are_those_of_the_router_logits(make_model, processor, dataset, 
 
 
 def test_tensorboard_and_bad_records(make_model, processor, data_file, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = [RECORDS[4], {"conversations": turn("what", "the" * 200)}]

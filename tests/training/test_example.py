@@ -5,11 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
-import pytest
 from tiny_processor import image
 from transformers import AutoModelForMultimodalLM
-
-import unimoe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 
@@ -44,8 +41,6 @@ def test_on_a_random_model(model_folder, tmp_path, monkeypatch):
 
 
 def test_on_the_embedded_checkpoint(tmp_path, monkeypatch):
-    if not (Path(unimoe.tiny_checkpoint()) / "config.json").is_file():
-        pytest.skip("the embedded checkpoint is not there")
     check(tmp_path, monkeypatch, "--steps", 12)
 
 
