@@ -19,7 +19,7 @@ from training_records import RECORDS, turn
 
 from unimoe import UniMoEForConditionalGeneration
 from unimoe.cli import main
-from unimoe.training.upcycling import UniMoESparsityConfig
+from unimoe.modeling_unimoe.configuration_unimoe import UniMoEConnectorConfig, UniMoESparsityConfig
 
 TRAINER = {
     "use_cpu": True,
@@ -41,6 +41,19 @@ DDP = {
     "accumulated": {"train": ["all"], "trainer": {"gradient_accumulation_steps": 2}},
     # Balancing losses of whole batches, in which processes have unlike parts.
     "batch_scope": {"train": ["all"], "model": "batch_scope", "sampling": "none"},
+    "batch_scope_accumulated": {
+        "train": ["all"],
+        "model": "batch_scope",
+        "sampling": "none",
+        "trainer": {"gradient_accumulation_steps": 2},
+    },
+    # Losses of a sparse tower and connector; a process may have no image.
+    "media_losses": {
+        "train": ["all"],
+        "model": "media_losses",
+        "sampling": "none",
+        "trainer": {"gradient_accumulation_steps": 2},
+    },
     "adapter": {"lora": LORA, "trainer": {"optim": "adamw_torch", "learning_rate": 1e-3}},
     # Processes with different towers, and one whose loss has no gradient.
     "mixed": {
@@ -66,8 +79,15 @@ def workplace(tmp_path_factory, media_folder, make_model, processor):
         (folder / file.name).symlink_to(file)
     (folder / "mixed.json").write_text(json.dumps(RECORDS + TEXTS))
     (folder / "texts.json").write_text(json.dumps(TEXTS))
-    for name, scope in (("base", "sample"), ("batch_scope", "batch")):
-        config = make_model().config
+    sparse = UniMoESparsityConfig(num_experts=2, top_k=1, router_loss_scope="sample", **LOSSES)
+    connector = UniMoEConnectorConfig(type="mlp", sparsity=sparse)
+    media = {"vision_sparsity": sparse, "vision_connector_config": connector}
+    for name, scope, parts in (
+        ("base", "sample", {}),
+        ("batch_scope", "batch", {}),
+        ("media_losses", "sample", media),
+    ):
+        config = make_model(**parts).config
         config.text_sparsity = UniMoESparsityConfig(layers="even", router_loss_scope=scope, **LOSSES)
         torch.manual_seed(0)
         UniMoEForConditionalGeneration(config).save_pretrained(folder / name)
@@ -138,7 +158,7 @@ def ddp(write, workplace):
 @pytest.mark.parametrize("case", DDP)
 def test_ddp(ddp, by_one, case):
     expected = by_one(case, **DDP[case])
-    changed = assert_same_weights(ddp / f"ddp_{case}", expected, ddp / "base")
+    changed = assert_same_weights(ddp / f"ddp_{case}", expected, ddp / DDP[case].get("model", "base"))
     assert bool(changed) == (case != "nothing_trained")
     # Losses, norms of gradients, and the expert load of all processes together.
     assert_same_logs(ddp / f"ddp_{case}", expected)

@@ -21,11 +21,13 @@ from .configuration_unimoe import MODALITIES, UniMoEConfig
 from .connectors import build_connector
 from .generation_unimoe import UniMoEGenerationMixin
 from .modality_routing import TokenTypes, set_router_options, token_types_of
-from .model_losses import has_router_losses, router_losses
+from .model_losses import piece_of_step, router_losses
 from .outputs_unimoe import UniMoECausalLMOutputWithPast, UniMoEModelOutputWithPast
 from .pretrained_unimoe import UniMoEPreTrainedModel
 from .qwen import build_decoder
+from .sparse_parts import has_router_losses
 from .sparsify import sparsify
+from .step_statistics import attention_mask_of, step_weights
 from .vision_features import UniMoEVisionOutput, encode_images
 
 # The input that carries each modality, as `forward` names it.
@@ -474,6 +476,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
         labels: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        step_statistics: dict[str, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UniMoECausalLMOutputWithPast:
         """
@@ -481,6 +484,9 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
             labels: Int [B, S], the ids to predict, aligned with `input_ids`; -100 is left out of the loss.
             output_router_logits: Return the decoder's router logits and `aux_loss`. Default: `config.output_router_logits`.
             logits_to_keep: Compute logits for this many last positions only (0: all), or for these positions.
+            step_statistics: What router losses need to know of the whole optimiser step (see `step_statistics.py`), where
+                `num_items_in_batch` says that the batch is a piece of one. Default: the batches that all processes have at
+                hand are taken for the step.
             The other arguments and errors are those of [`UniMoEModel.forward`].
         """
         if output_router_logits is None:
@@ -509,16 +515,19 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         if output_router_logits or adds_losses:
-            # A 4-D mask, or one that covers cached tokens too, does not say which of these tokens are padding.
-            num_tokens = outputs.last_hidden_state.shape[:2].numel()
-            usable = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.numel() == num_tokens
-            aux_loss, weighted = router_losses(
-                self.config,
-                outputs,
-                attention_mask if usable else None,
-                lambda: self._token_types(input_ids),
-                _parts_of_step(labels, kwargs.get("num_items_in_batch")),
-            )
+            mask = attention_mask_of(outputs.last_hidden_state[..., 0], attention_mask)
+            piece = None
+            if adds_losses and kwargs.get("num_items_in_batch") is not None:
+                inputs = {
+                    "inputs_embeds": outputs.last_hidden_state,
+                    "attention_mask": attention_mask,
+                    "pixel_values": pixel_values,
+                    "pixel_values_videos": pixel_values_videos,
+                    "video_frame_mask": video_frame_mask,
+                }
+                weights = step_weights(labels, kwargs["num_items_in_batch"])
+                piece = piece_of_step(self.config, inputs, outputs, weights, step_statistics)
+            aux_loss, weighted = router_losses(self.config, outputs, mask, lambda: self._token_types(input_ids), piece)
             if adds_losses:
                 loss = loss + weighted
         return UniMoECausalLMOutputWithPast(
@@ -548,17 +557,6 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, UniMoEGenerationMixi
 
 # `generate` asks for the signature at every step of a model that is not Transformers' own; reading it anew is slow.
 UniMoEForConditionalGeneration.forward.__signature__ = inspect.signature(UniMoEForConditionalGeneration.forward)
-
-
-def _parts_of_step(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
-    """[B], the part of the optimiser step that each row is, by predicted tokens; None where the batch is the whole step.
-
-    `Trainer` divides the cross entropy by the tokens of the whole step and adds up its micro-batches, so a loss that is a
-    mean over one micro-batch has to be scaled down to its share, lest it count once per micro-batch and process.
-    """
-    if labels is None or num_items_in_batch is None:
-        return None
-    return (labels[:, 1:] != -100).sum(dim=1) / num_items_in_batch
 
 
 __all__ = ["UniMoEForConditionalGeneration", "UniMoEModel", "UniMoEPreTrainedModel"]

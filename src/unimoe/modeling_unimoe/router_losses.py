@@ -67,7 +67,10 @@ DIVERGENT_PAIRS = (("image", "sound"), ("image", "text"), ("sound", "text"), ("s
 
 
 def modality_expert_loss(
-    router_logits: Sequence[torch.Tensor], token_types: torch.Tensor, experts: dict[str, list[int]]
+    router_logits: Sequence[torch.Tensor],
+    token_types: torch.Tensor,
+    experts: dict[str, list[int]],
+    lengths_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over layers and samples of the distance between routing probabilities and the experts meant for a modality.
 
@@ -76,22 +79,23 @@ def modality_expert_loss(
 
     Args:
         router_logits: One tensor [B * S, E] per sparse layer.
-        token_types: Int [B, S], indices into `TOKEN_TYPES`; padding counts as text.
+        token_types: Int [B, S], indices into `TOKEN_TYPES`. Padding counts as text in the original; -1 leaves a token out.
         experts: The experts of each modality, by its name in `TOKEN_TYPES`.
+        lengths_B: [B], the length of each sample; S, the padded one, where it is None.
 
     Returns:
         A scalar, float32.
     """
-    types_T = token_types.reshape(-1)
     total = 0.0
     for logits_TE in router_logits:
-        types = types_T.to(logits_TE.device)
+        types_BS = token_types.to(logits_TE.device)
+        lengths = types_BS.shape[1] if lengths_B is None else lengths_B.to(logits_TE.device)
         probabilities_TE = logits_TE.float().softmax(dim=-1)
         for name, indices in experts.items():
             target_E = torch.zeros_like(probabilities_TE[0])
             target_E[indices] = 1.0
-            distance_T = (probabilities_TE - target_E).abs().mean(dim=-1)
-            total = total + (distance_T * (types == TOKEN_TYPES.index(name))).sum() / token_types.shape[1]
+            distance_BS = (probabilities_TE - target_E).abs().mean(dim=-1).view(types_BS.shape)
+            total = total + ((distance_BS * (types_BS == TOKEN_TYPES.index(name))).sum(dim=1) / lengths).sum()
     return total
 
 
@@ -150,58 +154,60 @@ def step_share(
     router_logits: Sequence[torch.Tensor],
     sample_weight_B: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    first_choices: torch.Tensor | None = None,
+    step_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What these samples add to the balance and z losses of an optimiser step that is computed piece by piece, unweighted.
 
-    Each sample counts with its weight, so the sum over the pieces does not depend on how the step is cut: always for the z
-    loss, which is a mean over tokens, and for the balance loss with `router_loss_scope="sample"`. With "batch" the balance
-    loss takes its statistics from the micro-batch at hand, as the originals do, but from that of all processes together.
+    Each sample counts with its weight, or, in a balancing loss over whole batches, by its part in the mean probabilities of
+    the step; so the sum over the pieces does not depend on how the step is cut.
 
     Args:
         router_logits: One tensor [T, E] per sparse layer of the decoder, sample after sample.
         sample_weight_B: [B], the part of the step that each sample is.
         attention_mask: [B, S]; see [`load_balancing_loss`].
+        first_choices, step_weight: As for [`balance_share`], with `router_loss_scope="batch"`.
     """
     flat = [logits.flatten(0, -2) for logits in router_logits]
     by_sample = [logits.unflatten(0, (len(sample_weight_B), -1)) for logits in flat]
     mask = None if sparsity.router_loss_counts_padding else attention_mask
     weight_B = sample_weight_B.to(flat[0].device)
-    if sparsity.router_loss_scope == "sample":
+    if first_choices is None:
         balance = load_balancing_loss(by_sample, mask, weight_B)
     else:
-        balance = _balance_share(flat, mask, weight_B.sum())
+        balance = balance_share(flat, mask, first_choices, step_weight)
     scale = 1.0 / len(flat) if sparsity.router_loss_reduction == "mean" else 1.0
     return scale * balance, scale * router_z_loss(by_sample, mask, weight_B)
 
 
-def _balance_share(
-    router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None, weight: torch.Tensor
+def balance_share(
+    router_logits: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    first_choices: torch.Tensor,
+    step_weight: torch.Tensor,
 ) -> torch.Tensor:
-    """What this process adds to [`load_balancing_loss`] of a micro-batch that all processes share, times all its weights.
+    """What these tokens add to the [`load_balancing_loss`] of a whole optimiser step.
 
-    The loss is linear in the probabilities, so once the counts of all processes are known, each adds its own tokens' part.
-    Processes that were given the same rows (tensor parallelism) count them twice, in `tokens` and `weight` alike.
+    The loss is linear in the probabilities, so once the choices of the whole step are known, each piece adds its own tokens'
+    part. Processes that were given the same rows (tensor parallelism) are counted twice, in tokens and weight alike.
+
+    Args:
+        router_logits: One tensor [T, E] per sparse layer.
+        first_choices: [sum of E over layers], how many tokens of the step chose each expert first.
+        step_weight: [1], the weights of all samples of the step together.
     """
     device = router_logits[0].device
-    num_tokens = len(router_logits[0])
-    real_T1 = torch.ones(num_tokens, 1, device=device) if attention_mask is None else attention_mask.reshape(-1, 1)
-    real_T1 = real_T1.to(device, torch.float32)
-    choices = [
-        (
-            real_T1.to(logits_TE.device) * torch.nn.functional.one_hot(logits_TE.argmax(dim=-1), logits_TE.shape[-1])
-        ).sum(0)
-        for logits_TE in router_logits
-    ]
-    statistics = torch.cat([*(counts_E.to(device) for counts_E in choices), real_T1.sum().view(1), weight.view(1)])
-    statistics = statistics.detach().double()
-    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(statistics)
-    *choices, (tokens, weight) = statistics.float().split([*(len(counts_E) for counts_E in choices), 2])
+    counts = first_choices.to(device).split([logits.shape[-1] for logits in router_logits])
     total = torch.zeros((), device=device)
-    for logits_TE, counts_E in zip(router_logits, choices):
-        probability_E = (real_T1.to(logits_TE.device) * logits_TE.float().softmax(dim=-1)).sum(dim=0).to(device)
-        total = total + len(counts_E) * (probability_E * counts_E).sum()
-    return weight * total / tokens.clamp(min=1.0).square()
+    for logits_TE, counts_E in zip(router_logits, counts):
+        probability_TE = logits_TE.float().softmax(dim=-1)
+        if attention_mask is not None:
+            probability_TE = attention_mask.reshape(-1, 1).to(probability_TE) * probability_TE
+        # Every token has one first choice.
+        num_tokens = counts_E.sum().clamp(min=1.0)
+        weight_E = (step_weight.to(device) * counts_E / num_tokens.square()).float()
+        total = total + len(counts_E) * (probability_TE.sum(dim=0).to(device) * weight_E).sum()
+    return total
 
 
 def _over_groups(loss_G: torch.Tensor, weight_G: torch.Tensor | None) -> torch.Tensor:

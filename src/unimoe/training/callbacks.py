@@ -72,7 +72,8 @@ class RouterMonitor(TrainerCallback):
     def _see_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         self._modality_T = None
-        if not model.training or input_ids is None:
+        # Without gradients, a step's choices are only counted for its losses; its training pass follows.
+        if not model.training or not torch.is_grad_enabled() or input_ids is None:
             return
         modality = torch.zeros_like(input_ids)
         for number, name in enumerate(MODALITIES[1:], 1):

@@ -1,20 +1,39 @@
 """`transformers.Trainer` with the grouped sampler and the monitors; the loop is Trainer's own."""
 
+import contextlib
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from ..modeling_unimoe.configuration_unimoe import UniMoEConfig
+from ..modeling_unimoe.step_statistics import (
+    has_batch_statistics,
+    needs_statistics,
+    over_processes,
+    piece_statistics,
+    step_weights,
+    sum_of_pieces,
+)
 from .callbacks import add_monitors
 from .parts import CONNECTORS, TOWERS, part_of
 from .sampler import ModalityGroupedSampler
 
 
 class ModalityTrainer(Trainer):
-    """A `Trainer` whose processes work on the same mix of modalities in every step.
+    """A `Trainer` whose processes work on the same mix of modalities in every step; its router losses are those of a whole step,
+    however many micro-batches that has.
+
+    A balancing loss over whole batches (`router_loss_scope="batch"`) needs the choices of the whole step before its first
+    gradient. With `gradient_accumulation_steps` above 1 they are counted in a forward pass without gradients, with the same
+    random numbers, over the step's micro-batches; this costs about a quarter to a third of the step. Other losses need no such
+    pass.
 
     Args:
         sampling: variant of `ModalityGroupedSampler`, "shuffled" or "sorted"; None leaves the order to `Trainer`, as does a
@@ -40,6 +59,47 @@ class ModalityTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As Trainer's; remembers the micro-batches of the step."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Counted in the first `training_step`: a run that is resumed here has not its random numbers back yet.
+        self._uncounted = batches if len(batches) > 1 and num_items_in_batch is not None else None
+        self._step_statistics = None
+        return batches, num_items_in_batch
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As Trainer's, with the statistics of the whole step for the router losses."""
+        if self._uncounted is not None:
+            self._step_statistics = self._count(model, self._uncounted, num_items_in_batch)
+            self._uncounted = None
+        if self._step_statistics is not None:
+            inputs = {**inputs, "step_statistics": self._step_statistics}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _count(
+        self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int
+    ) -> dict[str, torch.Tensor] | None:
+        """The statistics of a step that all processes compute in these micro-batches; None where no loss needs any."""
+        config = getattr(self.accelerator.unwrap_model(model), "config", None)
+        if getattr(config, "model_type", None) != UniMoEConfig.model_type or not needs_statistics(config):
+            return None
+        pieces = []
+        runs = has_batch_statistics(config)
+        model.train()
+        with torch.no_grad(), _same_random_numbers(self.args.device):
+            for batch in batches:
+                batch = self._prepare_inputs(batch)
+                weight = step_weights(batch["labels"], num_items_in_batch).sum()
+                outputs = None
+                if runs:
+                    inputs = {name: value for name, value in batch.items() if name != "labels"}
+                    with self.compute_loss_context_manager():
+                        outputs = model(**inputs, output_router_logits=True, logits_to_keep=1, use_cache=False)
+                pieces.append(piece_statistics(config, batch, weight, outputs))
+        return over_processes(sum_of_pieces(pieces))
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.sampling is None or not hasattr(dataset, "types"):
@@ -56,6 +116,16 @@ class ModalityTrainer(Trainer):
         self.remove_callback(_Epochs)
         self.add_callback(_Epochs(sampler))
         return sampler
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is computed here draws the random numbers that will be drawn after it."""
+    numbers, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(numbers)
+    numpy.random.set_state(arrays)
 
 
 def _keep_differentiable(model: nn.Module, inputs: tuple, outputs: Any) -> None:
