@@ -5,7 +5,17 @@ import importlib.util
 from pathlib import Path
 
 # In the order in which one wants to know; those that are not there are left out.
-NAMES = ("router", "sparse_block", "scaling", "generation", "preprocessing", "loading", "conversion", "memory")
+NAMES = (
+    "router",
+    "sparse_block",
+    "products",
+    "scaling",
+    "generation",
+    "preprocessing",
+    "loading",
+    "conversion",
+    "memory",
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,10 +8,10 @@ import torch
 
 import unimoe
 
-from .common import Report, arguments, compare, compare_measures
+from .common import Report, arguments, compare, compare_measures, read_other_memory
 from .generation import measure
 from .models import SMALL, Sizes, prompt, unimoe_model
-from .sparse_block import forward, read_other_memory
+from .sparse_block import forward
 
 HIDDEN, INTERMEDIATE, TOP_K = 1024, 2816, 2
 

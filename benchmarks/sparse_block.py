@@ -16,7 +16,7 @@ from torch import nn
 
 import unimoe
 
-from .common import Report, arguments, compare
+from .common import Report, arguments, compare, read_other_memory
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 # batched_mm copies the weights of every token's experts, which beyond a few tokens is more than the memory.
@@ -89,14 +89,6 @@ def with_implementation(block: nn.Module, name: str, run: Callable[[], None]) ->
         run()
 
     return switched
-
-
-OTHER_MEMORY = torch.ones(1 << 26)
-
-
-def read_other_memory() -> None:
-    """What the other layers of a model do: push these weights out of the caches, so that no run finds those of the last."""
-    OTHER_MEMORY.sum()
 
 
 def bytes_per_second(block: nn.Module) -> float:

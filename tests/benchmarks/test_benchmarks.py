@@ -23,6 +23,7 @@ TINY = {
         "--tokens",
         "9",
     ],
+    "products": ["--rounds", "1", "--hidden-size", "64", "--intermediate-size", "128", "--tokens", "1", "4"],
     "generation": ["--tiny", "--rounds", "1", "--tokens", "4", "--original-tokens", "3"],
     "scaling": ["--tiny", "--rounds", "1"],
     "loading": ["--tiny", "--rounds", "1"],
