@@ -186,7 +186,7 @@ class Activation:
 def _linear(x_NC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None) -> torch.Tensor:
     """x @ W.T + b, in whichever order is faster; the result [N, R] may lie in memory as [R, N]."""
     rows, width = x_NC.shape[0], weight_RC.shape[0]
-    if weight_RC.itemsize >= 4 and (rows == 1 or rows >= MANY_ROWS):
+    if weight_RC.itemsize >= 4 and (rows <= 2 or rows >= MANY_ROWS):
         y_NR = F.linear(x_NC, weight_RC)
     elif weight_RC.itemsize >= 4 and width % BLOCK == 0:
         blocks_BLC = weight_RC.unflatten(0, (-1, BLOCK))
@@ -222,13 +222,26 @@ def _run_one_token(
     top_k_weights_1K: torch.Tensor,
     weights: ExpertWeights,
 ) -> torch.Tensor:
-    """Decoding, for inference: nothing to sort, and each expert's rows are the token itself."""
-    output_1O = None
-    for expert, scale_11 in zip(top_k_index_1K[0].tolist(), top_k_weights_1K.split(1, dim=1)):
-        if expert < num_experts:
-            y_1O = _run_expert(activation, hidden_1H, scale_11, weights.of(expert))[1]
-            output_1O = y_1O if output_1O is None else output_1O + y_1O
-    return hidden_1H.new_zeros(1, weights.down_EOI.shape[1]) if output_1O is None else output_1O
+    """Decoding, for inference: nothing to sort, a matrix-vector product for each weight, and one call of all else."""
+    experts, scale_K1 = top_k_index_1K[0].tolist(), top_k_weights_1K.t()
+    if max(experts) >= num_experts:
+        here = [place for place, expert in enumerate(experts) if expert < num_experts]
+        experts, scale_K1 = [experts[place] for place in here], scale_K1[here]
+        if not here:
+            return hidden_1H.new_zeros(1, weights.down_EOI.shape[1])
+    first_KF = hidden_1H.new_empty(len(experts), weights.first_EFH.shape[1])
+    for first_F, expert in zip(first_KF, experts):
+        torch.mv(weights.first_EFH[expert], hidden_1H[0], out=first_F)
+    if weights.first_bias_EF is not None:
+        first_KF += weights.first_bias_EF[experts]
+    h_KI = activation(first_KF)
+    h_KI = (h_KI * scale_K1).to(h_KI.dtype)
+    output_O = torch.mv(weights.down_EOI[experts[0]], h_KI[0])
+    for expert, h_I in zip(experts[1:], h_KI[1:]):
+        output_O = torch.addmv(output_O, weights.down_EOI[expert], h_I)
+    if weights.down_bias_EO is not None:
+        output_O += (scale_K1 * weights.down_bias_EO[experts]).sum(dim=0).to(output_O.dtype)
+    return output_O[None]
 
 
 def _segments(order: ExpertOrder, top_k: int):
