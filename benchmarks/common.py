@@ -30,18 +30,21 @@ def compare(
     With `warm_up` one round goes ahead that is not counted. `before` is called, uncounted, ahead of every run.
     """
 
-    def timed(run: Callable[[], Any]) -> Callable[[], dict[str, float]]:
-        def measure() -> dict[str, float]:
-            if before is not None:
-                before()
-            start = time.perf_counter()
-            run()
-            return {"seconds": time.perf_counter() - start}
-
-        return measure
-
-    medians = compare_measures({name: timed(run) for name, run in runs.items()}, rounds, warm_up)
+    medians = compare_measures({name: timed(run, before) for name, run in runs.items()}, rounds, warm_up)
     return {name: values["seconds"] for name, values in medians.items()}
+
+
+def timed(run: Callable[[], Any], before: Callable[[], Any] | None = None) -> Callable[[], dict[str, float]]:
+    """The run as a measure of its seconds, for `compare_measures`."""
+
+    def measure() -> dict[str, float]:
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        run()
+        return {"seconds": time.perf_counter() - start}
+
+    return measure
 
 
 def compare_measures(

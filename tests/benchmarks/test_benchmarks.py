@@ -25,6 +25,7 @@ TINY = {
     ],
     "products": ["--rounds", "1", "--hidden-size", "64", "--intermediate-size", "128", "--tokens", "1", "4"],
     "generation": ["--tiny", "--rounds", "1", "--tokens", "4", "--original-tokens", "3"],
+    "decode_step": ["--tiny", "--rounds", "1", "--tokens", "4"],
     "scaling": ["--tiny", "--rounds", "1"],
     "loading": ["--tiny", "--rounds", "1"],
     "conversion": ["--tiny", "--rounds", "1"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_config, tiny_inputs
 from torch.nn.functional import pad
 from transformers import TrainingArguments
@@ -148,6 +149,18 @@ def test_accumulated_steps_of_the_trainer(tmp_path, case):
         # The loads of experts among them: the counting pass is not watched. The last entry counts operations.
         for one, expected in zip(other.state.log_history[:-1], whole.state.log_history[:-1], strict=True):
             assert one == pytest.approx(expected, abs=1e-4)
+
+
+def test_accumulated_steps_with_an_adapter_and_checkpointing(tmp_path):
+    losses = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        adapter = LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+        model = get_peft_model(sparse_model(**CASES["batch"]), adapter)
+        trainer = trained(tmp_path, model, batch_size, accumulation, gradient_checkpointing=True)
+        assert (trainer.given is not None) == (accumulation > 1)
+        losses.append([entry["loss"] for entry in trainer.state.log_history[:-1]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_losses_without_batch_statistics_cost_no_other_pass(tmp_path):
