@@ -106,24 +106,31 @@ def unimoe_experts_forward(
     if not all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weights if tensor is not None):
         # Quantised weights know F.linear and indexing, not matmuls that write into a given place.
         return _loop(experts, hidden_states, top_k_index, top_k_weights)
-    dtype = weights.first_EFH.dtype
+    routing = (top_k_index, top_k_weights)
     if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
-        weights = weights.to(dtype)
-        activation = Activation(experts)
-        hidden_TH = hidden_states.to(dtype)
-        inputs = (hidden_TH, top_k_weights, *weights)
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        if hidden_states.shape[0] == 1 and not needs_grad:
-            output_TO = _run_one_token(activation, experts.num_experts, top_k_index, hidden_TH, top_k_weights, weights)
-        else:
-            order = sort_by_expert(top_k_index, experts.num_experts)
-            if needs_grad:
-                output_TO = _SortedExperts.apply(activation, order, *inputs)
-            else:
-                output_TO = _run(activation, order, hidden_TH, top_k_weights, weights)
+        weights = weights.to(torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            output_TO = _run_sorted(experts, hidden_states.to(weights.first_EFH.dtype), *routing, weights)
+    else:
+        output_TO = _run_sorted(experts, hidden_states.to(weights.first_EFH.dtype), *routing, weights)
     return output_TO.to(hidden_states.dtype)
+
+
+def _run_sorted(
+    experts: nn.Module,
+    hidden_TH: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+) -> torch.Tensor:
+    activation, inputs = Activation(experts), (hidden_TH, top_k_weights_TK, *weights)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if hidden_TH.shape[0] == 1 and not needs_grad:
+        return _run_one_token(activation, experts.num_experts, top_k_index_TK, hidden_TH, top_k_weights_TK, weights)
+    order = sort_by_expert(top_k_index_TK, experts.num_experts)
+    if needs_grad:
+        return _SortedExperts.apply(activation, order, *inputs)
+    return _run(activation, order, hidden_TH, top_k_weights_TK, weights)
 
 
 def _is_traced(hidden_states: torch.Tensor) -> bool:
