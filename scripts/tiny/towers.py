@@ -49,6 +49,8 @@ MOST_FRAMES = 4
 POSITION_SCALE = 0.5
 PATCH_STD = 0.05
 HEAD_WIDTH = 64
+# How often a sound is drawn from those of which this can be said.
+RARE_FACTS = {"beeps": 0.35, "pitch": 0.25}
 IGNORED = -100
 
 
@@ -99,8 +101,8 @@ class ItemDataset(Dataset):
         self.banks, self.size, self.seed = banks, size, seed
         self.kinds = list(chances)
         self.chances = np.array(list(chances.values())) / sum(chances.values())
-        # Counting is the hardest, so beeps are half of all sounds.
-        self.hard = {"event": [i for i, facts in enumerate(banks["event"].facts) if "beeps" in facts]}
+        # Every seventh sound would have beeps to count, every tenth a pitch to tell.
+        self.rare = {fact: [i for i, facts in enumerate(banks["event"].facts) if fact in facts] for fact in RARE_FACTS}
 
     def __len__(self) -> int:
         return self.size
@@ -109,8 +111,8 @@ class ItemDataset(Dataset):
         rng = np.random.default_rng([self.seed, index])
         kind = str(rng.choice(self.kinds, p=self.chances))
         bank = self.banks[kind]
-        hard = self.hard.get(kind)
-        item = int(rng.choice(hard) if hard and rng.random() < 0.5 else rng.integers(len(bank)))
+        rare = str(rng.choice([*RARE_FACTS, ""], p=[*RARE_FACTS.values(), 1 - sum(RARE_FACTS.values())]))
+        item = int(rng.choice(self.rare[rare]) if kind == "event" and rare else rng.integers(len(bank)))
         parts = bank.parts(item)
         content_type = CONTENT_TYPES[kind]
         if content_type == "speech":
