@@ -91,7 +91,7 @@ class Report:
         args: its parsed options.
     """
 
-    WIDTHS = {"what": 21, "case": 66, "against": 48}
+    WIDTHS = {"what": 36, "case": 66, "against": 48}
 
     def __init__(self, name: str, question: str, args: argparse.Namespace):
         self.name, self.question, self.args = name, question, args
