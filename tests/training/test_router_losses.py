@@ -108,6 +108,17 @@ def test_a_step_of_one_batch_has_the_loss_of_the_batch(case):
     torch.testing.assert_close(of_step, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_media_that_come_encoded_have_their_losses_too():
+    model = sparse_model(**CASES["sample_mean_media"])
+    rows = samples(model.config)[1]
+    total = (rows["labels"][:, 1:] != -100).sum()
+    encoded = model.model.encode_media(rows["pixel_values"], output_router_logits=True)
+    expected = model(**rows, num_items_in_batch=total).loss
+    del rows["pixel_values"]
+    found = model(**rows, mm_encoder_outputs=encoded, num_items_in_batch=total).loss
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 class Steps(ModalityTrainer):
     """Keeps the statistics that it gives to the model."""
 

@@ -21,7 +21,7 @@ from .router_losses import (
     step_share,
 )
 from .sparse_parts import sparse_parts
-from .step_statistics import by_kind, needs_statistics, over_processes, piece_statistics
+from .step_statistics import KINDS, by_kind, needs_statistics, over_processes, piece_statistics
 
 
 @dataclass
@@ -112,6 +112,10 @@ def _share_of_media(
     """The balance and z losses of a tower or connector: each image and each frame counts alike in its mean over the step."""
     step, balance, z = piece.step, 0.0, 0.0
     passes = by_kind(router_logits, piece.piece)
+    if not passes:
+        # The media came encoded, so nothing tells images from frames.
+        share = piece.sample_weight_B.sum().to(router_logits[0].device)
+        return tuple(share * loss for loss in balance_and_z_losses(sparsity, router_logits, len(router_logits[0])))
     for kind, logits in passes.items():
         share = (step["weight"] * piece.piece[kind] / step[kind]).squeeze().to(logits[0].device, torch.float32)
         kind_balance, kind_z = balance_and_z_losses(sparsity, logits, len(logits[0]))
@@ -123,7 +127,7 @@ def _share_of_media(
                 kind_balance = kind_balance / len(logits)
         balance, z = balance + kind_balance, z + share * kind_z
     # A mean over passes is one over those of the whole step.
-    num_kinds = sum(bool(step[kind] > 0) for kind in ("image", "video"))
+    num_kinds = sum(bool(step[kind] > 0) for kind in KINDS)
     scale = 1.0 / num_kinds if sparsity.router_loss_reduction == "mean" else 1.0
     return scale * balance, scale * z
 
