@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from unimoe.modeling_unimoe import products_llvm
 from unimoe.modeling_unimoe.sorted_experts import sort_by_expert
 
 # A multiple of the blocks that few rows are multiplied by.
@@ -38,6 +39,41 @@ def test_every_number_of_rows(tokens, kind):
 def test_bfloat16(tokens):
     block = make_block(dtype=torch.bfloat16, router_dtype="float32", **WIDE)
     assert_block_equals_oracle(block, torch.randn(tokens, 64).bfloat16() / 4, 2e-2)
+
+
+# Weights that are large enough for compiled kernels.
+LARGE = {"hidden_size": 512, "intermediate_size": 1024}
+
+
+@pytest.mark.parametrize("kind", [{}, {"gated": False, "bias": True}, {"bias": True, "output_size": 576}], ids=str)
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "PyTorch alone"])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
+def test_large_weights(tokens, compiled, kind, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(products_llvm, "vector_unit", lambda: None)
+    block = make_block(**LARGE, **kind)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(0.2)
+    hidden_states = torch.randn(tokens, LARGE["hidden_size"])
+    assert_block_equals_oracle(block, hidden_states, 1e-5)
+    with torch.no_grad():
+        own = block(hidden_states)
+        block.experts.config._experts_implementation = "eager"
+        torch.testing.assert_close(own, block(hidden_states), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_large_weights_of_half_the_width(tokens, dtype, tolerance):
+    block = make_block(dtype=dtype, router_dtype="float32", **LARGE)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(0.1)
+        hidden_states = torch.randn(tokens, LARGE["hidden_size"]).to(dtype)
+        alone = torch.cat([block(row[None]) for row in hidden_states])
+        torch.testing.assert_close(block(hidden_states), alone, rtol=tolerance, atol=tolerance)
+    assert_block_equals_oracle(block, hidden_states, tolerance)
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "relu"])

@@ -3,8 +3,9 @@
 On a CPU it sorts the pairs of token and expert once and runs each expert that was chosen on its own rows, with three things
 that Transformers' implementations lack there:
 - Weights are never copied: an expert's weight is a view, and with one token so are its rows.
-- Few rows are multiplied as W @ x.T. Matrix libraries run x @ W.T at a fraction of that speed for 4 to 128 rows in float32, and
-  for any number of rows in bfloat16; preparing ("packing") the weights beforehand gains nothing over it.
+- Few rows are multiplied by kernels that read a weight as fast as memory gives it (products_llvm.py), more rows as W @ x.T.
+  Matrix libraries run x @ W.T at a fraction of that speed for 4 to 128 rows in float32, and in bfloat16 for any number where the
+  processor has matrix instructions; preparing ("packing") the weights beforehand gains nothing over it.
 - The backward pass writes each expert's gradient once, into one buffer for all experts whose pages stay untouched where an
   expert had no token.
 
@@ -15,6 +16,7 @@ Shape suffixes: T tokens, K experts chosen for each, P = T * K pairs sorted by e
 H hidden size, O output size, I intermediate size, F rows of the first projection (2 * I where gated, else I).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .products_llvm import compiled_product
 
 IMPLEMENTATION = "unimoe"
 
@@ -191,21 +195,25 @@ class Activation:
 
 
 def _linear(x_NC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None) -> torch.Tensor:
-    """x @ W.T + b, in whichever order is faster; the result [N, R] may lie in memory as [R, N]."""
+    """x @ W.T + b, in whichever way is fastest; the result [N, R] may lie in memory as [R, N]."""
     rows, width = x_NC.shape[0], weight_RC.shape[0]
-    if weight_RC.itemsize >= 4 and (rows <= 2 or rows >= MANY_ROWS):
-        y_NR = F.linear(x_NC, weight_RC)
-    elif weight_RC.itemsize >= 4 and width % BLOCK == 0:
-        blocks_BLC = weight_RC.unflatten(0, (-1, BLOCK))
-        if rows <= FEW_ROWS:
-            y_BNL = torch.bmm(x_NC.expand(len(blocks_BLC), -1, -1), blocks_BLC.transpose(1, 2))
-            y_NR = y_BNL.transpose(0, 1).reshape(rows, width)
-        else:
-            x_CN = x_NC.t().contiguous()
-            y_NR = torch.bmm(blocks_BLC, x_CN.expand(len(blocks_BLC), -1, -1)).view(width, rows).t()
-    else:
+    y_NR = compiled_product(x_NC, weight_RC)
+    if y_NR is not None:
+        pass
+    elif weight_RC.itemsize >= 4 and 2 < rows < MANY_ROWS and width % BLOCK == 0:
+        blocks_BLC, x_CN = weight_RC.unflatten(0, (-1, BLOCK)), x_NC.t().contiguous()
+        y_NR = torch.bmm(blocks_BLC, x_CN.expand(len(blocks_BLC), -1, -1)).view(width, rows).t()
+    elif weight_RC.itemsize < 4 and _has_matrix_instructions():
         y_NR = torch.mm(weight_RC, x_NC.t().contiguous()).t()
+    else:
+        y_NR = F.linear(x_NC, weight_RC)
     return y_NR if bias_R is None else y_NR + bias_R
+
+
+@functools.cache
+def _has_matrix_instructions() -> bool:
+    """Whether products of 16-bit numbers have instructions of their own, with which W @ x.T is faster; else it is slower."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _run_expert(
@@ -236,19 +244,26 @@ def _run_one_token(
         experts, scale_K1 = [experts[place] for place in here], scale_K1[here]
         if not here:
             return hidden_1H.new_zeros(1, weights.down_EOI.shape[1])
-    first_KF = hidden_1H.new_empty(len(experts), weights.first_EFH.shape[1])
-    for first_F, expert in zip(first_KF, experts):
-        torch.mv(weights.first_EFH[expert], hidden_1H[0], out=first_F)
+    first_KF = torch.cat([_matrix_vector_product(weights.first_EFH[expert], hidden_1H) for expert in experts])
     if weights.first_bias_EF is not None:
         first_KF += weights.first_bias_EF[experts]
     h_KI = activation(first_KF)
     h_KI = (h_KI * scale_K1).to(h_KI.dtype)
-    output_O = torch.mv(weights.down_EOI[experts[0]], h_KI[0])
-    for expert, h_I in zip(experts[1:], h_KI[1:]):
-        output_O = torch.addmv(output_O, weights.down_EOI[expert], h_I)
+    output_1O, *others = (
+        _matrix_vector_product(weights.down_EOI[expert], h_KI[place : place + 1])
+        for place, expert in enumerate(experts)
+    )
+    for other_1O in others:
+        output_1O += other_1O
     if weights.down_bias_EO is not None:
-        output_O += (scale_K1 * weights.down_bias_EO[experts]).sum(dim=0).to(output_O.dtype)
-    return output_O[None]
+        output_1O += (scale_K1 * weights.down_bias_EO[experts]).sum(dim=0).to(output_1O.dtype)
+    return output_1O
+
+
+def _matrix_vector_product(weight_RC: torch.Tensor, x_1C: torch.Tensor) -> torch.Tensor:
+    """x @ W.T, [1, R]."""
+    y_1R = compiled_product(x_1C, weight_RC)
+    return torch.mv(weight_RC, x_1C[0])[None] if y_1R is None else y_1R
 
 
 def _segments(order: ExpertOrder, top_k: int):

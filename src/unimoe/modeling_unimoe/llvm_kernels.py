@@ -1,0 +1,240 @@
+"""Kernels for CPUs, written in LLVM's intermediate language and compiled in the running process.
+
+Compiling needs `llvmlite`, which comes with librosa (by way of numba), and takes some tenths of a second for a kernel; each is
+compiled once in a process, when it is first used. No compiler has to be installed. Where llvmlite is missing, on processors whose
+vectors are not known here, and where PyTorch has no OpenMP, `vector_unit()` is None and PyTorch's own operations run.
+
+A kernel is a function of one block of 64-bit integers: addresses, sizes and strides. All threads of a team call it with the same
+block, and each takes its part. The team is that of PyTorch's own operations, so a call never competes with theirs.
+"""
+
+import ctypes
+import functools
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+except ImportError:
+    llvm = ir = None
+
+LINE = 64
+"""Bytes of a cache line."""
+
+
+class VectorUnit(NamedTuple):
+    """What a processor computes with: float32 numbers in a vector, and how many vectors it can name."""
+
+    width: int
+    registers: int
+    processor: str
+    features: str
+
+
+@functools.cache
+def vector_unit() -> VectorUnit | None:
+    """This processor's, or None where no kernels can be compiled."""
+    if llvm is None or _openmp() is None:
+        return None
+    features = llvm.get_host_cpu_features()
+    known = {"processor": llvm.get_host_cpu_name(), "features": features.flatten()}
+    if features.get("avx512f"):
+        return VectorUnit(16, 32, **known)
+    if features.get("avx2") and features.get("fma"):
+        return VectorUnit(8, 16, **known)
+    if platform.machine() in ("aarch64", "arm64"):
+        return VectorUnit(4, 32, **known)
+    return None
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that PyTorch itself uses, or None."""
+    library = ctypes.CDLL(torch._C.__file__)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    return library if all(hasattr(library, name) for name in names) else None
+
+
+class Kernel:
+    """A compiled kernel: `kernel(*integers)` runs it on PyTorch's threads, without Python's lock.
+
+    Nothing is checked: an address must point to as much memory as the sizes say.
+    """
+
+    def __init__(self, engine: Any, name: str):
+        # The engine owns the code.
+        self._engine = engine
+        self._address = engine.get_function_address(name)
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+
+    def __call__(self, *integers: int, parallel: bool = True) -> None:
+        block = (ctypes.c_int64 * len(integers))(*integers)
+        threads = torch.get_num_threads() if parallel else 1
+        if threads == 1:
+            self._function(ctypes.addressof(block))
+        else:
+            _openmp().GOMP_parallel(
+                ctypes.c_void_p(self._address), ctypes.c_void_p(ctypes.addressof(block)), threads, 0
+            )
+
+
+class KernelBuilder:
+    """Writes one kernel; a thin layer over llvmlite's `IRBuilder`, which is at `self.ir`.
+
+    Numbers are 64-bit integers, addresses too; `int` is taken for a constant.
+
+    Args:
+        unit: the processor to compile for.
+        name: of the kernel.
+        num_arguments: how many integers it takes, to be found in `self.arguments`.
+    """
+
+    def __init__(self, unit: VectorUnit, name: str, num_arguments: int):
+        self.unit, self.name = unit, name
+        self.int64, self.int32, self.float32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
+        self.vector = ir.VectorType(self.float32, unit.width)
+        self.module = ir.Module(name)
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [self.int64]), name)
+        self.ir = ir.IRBuilder(function.append_basic_block())
+        block = function.args[0]
+        self.arguments = [self.load(self.add(block, 8 * place), self.int64, 8) for place in range(num_arguments)]
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+        """Declares a function from elsewhere, and gives one that calls it."""
+        declared = self.module.globals.get(name)
+        if declared is None:
+            declared = ir.Function(self.module, ir.FunctionType(result, arguments), name)
+        return lambda *values: self.ir.call(declared, values)
+
+    def number(self, value: Any) -> Any:
+        return ir.Constant(self.int64, value) if isinstance(value, int) else value
+
+    def add(self, left: Any, right: Any) -> Any:
+        return self.ir.add(self.number(left), self.number(right))
+
+    def sub(self, left: Any, right: Any) -> Any:
+        return self.ir.sub(self.number(left), self.number(right))
+
+    def mul(self, left: Any, right: Any) -> Any:
+        return self.ir.mul(self.number(left), self.number(right))
+
+    def div(self, left: Any, right: Any) -> Any:
+        return self.ir.sdiv(self.number(left), self.number(right))
+
+    def ceil_div(self, left: Any, right: Any) -> Any:
+        return self.div(self.add(left, self.sub(right, 1)), right)
+
+    def min(self, left: Any, right: Any) -> Any:
+        left, right = self.number(left), self.number(right)
+        return self.ir.select(self.ir.icmp_signed("<", left, right), left, right)
+
+    def pointer(self, address: Any) -> Any:
+        return self.ir.inttoptr(address, ir.PointerType())
+
+    def load(self, address: Any, type_: Any, align: int) -> Any:
+        return self.ir.load(self.pointer(address), align=align, typ=type_)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.ir.store(value, self.pointer(address), align=4)
+
+    def zeros(self) -> Any:
+        """A vector of zeros."""
+        return ir.Constant(self.vector, [0.0] * self.unit.width)
+
+    def load_vector(self, address: Any, dtype: torch.dtype = torch.float32) -> Any:
+        """The next `width` numbers of a type, as float32."""
+        width = self.unit.width
+        if dtype == torch.float32:
+            return self.load(address, self.vector, 4)
+        bits = self.load(address, ir.VectorType(ir.IntType(16), width), 2)
+        if dtype == torch.float16:
+            return self.ir.fpext(self.ir.bitcast(bits, ir.VectorType(ir.HalfType(), width)), self.vector)
+        # bfloat16: the upper half of a float32.
+        wide = ir.VectorType(self.int32, width)
+        shifted = self.ir.shl(self.ir.zext(bits, wide), ir.Constant(wide, [16] * width))
+        return self.ir.bitcast(shifted, self.vector)
+
+    def broadcast(self, value: Any) -> Any:
+        """A vector whose numbers are all `value`."""
+        width = self.unit.width
+        first = self.ir.insert_element(ir.Constant(self.vector, ir.Undefined), value, self._lane(0))
+        return self.ir.shuffle_vector(first, first, ir.Constant(ir.VectorType(self.int32, width), [0] * width))
+
+    def multiply_add(self, left: Any, right: Any, total: Any) -> Any:
+        name = f"llvm.fma.v{self.unit.width}f32"
+        return self.function(name, self.vector, self.vector, self.vector, self.vector)(left, right, total)
+
+    def sum_of(self, vector: Any) -> Any:
+        """The sum of a vector's numbers."""
+        width = self.unit.width
+        while width > 1:
+            width //= 2
+            halves = []
+            for start in (0, width):
+                lanes = list(range(start, start + width))
+                mask = ir.Constant(ir.VectorType(self.int32, width), lanes)
+                halves.append(self.ir.shuffle_vector(vector, vector, mask))
+            vector = self.ir.fadd(*halves)
+        return self.ir.extract_element(vector, self._lane(0))
+
+    def prefetch(self, address: Any) -> None:
+        """Asks for a cache line, to be read soon. Any address will do."""
+        call = self.function("llvm.prefetch.p0", ir.VoidType(), ir.PointerType(), *[self.int32] * 3)
+        # To be read, into the second-level cache, as data.
+        call(self.pointer(address), *(ir.Constant(self.int32, value) for value in (0, 2, 1)))
+
+    def loop(
+        self,
+        start: Any,
+        stop: Any,
+        step: int,
+        body: Callable[..., Sequence[Any] | None],
+        carried: Sequence[Any] = (),
+    ) -> list[Any]:
+        """`for i in range(start, stop, step)`: `body(i, *values)` gives the next values, of which the last are returned."""
+        before = self.ir.block
+        head, inside, after = (self.ir.append_basic_block() for _ in range(3))
+        self.ir.branch(head)
+        self.ir.position_at_end(head)
+        index, *values = (self.ir.phi(value.type) for value in (self.number(start), *carried))
+        for phi, value in zip((index, *values), (self.number(start), *carried)):
+            phi.add_incoming(value, before)
+        self.ir.cbranch(self.ir.icmp_signed("<", index, self.number(stop)), inside, after)
+        self.ir.position_at_end(inside)
+        following = body(index, *values) or ()
+        following = (self.add(index, step), *following)
+        for phi, value in zip((index, *values), following):
+            phi.add_incoming(value, self.ir.block)
+        self.ir.branch(head)
+        self.ir.position_at_end(after)
+        return values
+
+    def share_of_thread(self, count: Any, unit: int) -> tuple[Any, Any]:
+        """From where to where this thread works, of `count` things in blocks of `unit`."""
+        thread, threads = (
+            self.ir.sext(self.function(name, self.int32)(), self.int64)
+            for name in ("omp_get_thread_num", "omp_get_num_threads")
+        )
+        blocks = self.ceil_div(count, unit)
+        start = self.mul(self.div(self.mul(blocks, thread), threads), unit)
+        stop = self.mul(self.div(self.mul(blocks, self.add(thread, 1)), threads), unit)
+        return start, self.min(stop, count)
+
+    def compile(self) -> Kernel:
+        self.ir.ret_void()
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+            llvm.add_symbol(name, ctypes.cast(getattr(_openmp(), name), ctypes.c_void_p).value)
+        target = llvm.Target.from_default_triple()
+        machine = target.create_target_machine(cpu=self.unit.processor, features=self.unit.features, opt=3)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(self.module)), machine)
+        engine.finalize_object()
+        return Kernel(engine, self.name)
+
+    def _lane(self, place: int) -> Any:
+        return ir.Constant(self.int32, place)
