@@ -11,6 +11,7 @@ block, and each takes its part. The team is that of PyTorch's own operations, so
 import ctypes
 import functools
 import platform
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ except ImportError:
 
 LINE = 64
 """Bytes of a cache line."""
+
+# What kernels call, and PyTorch's own libraries are linked with.
+LIBRARY_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "expf")
 
 
 class VectorUnit(NamedTuple):
@@ -51,35 +55,50 @@ def vector_unit() -> VectorUnit | None:
     return None
 
 
+def is_recorded(tensor: torch.Tensor) -> bool:
+    """Whether someone records or replaces the operations on a tensor: kernels and choices by value would escape them."""
+    return (
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that PyTorch itself uses, or None."""
+    """PyTorch's own library, through which the OpenMP that it uses is found; None where it uses another."""
     library = ctypes.CDLL(torch._C.__file__)
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    return library if all(hasattr(library, name) for name in names) else None
+    return library if all(hasattr(library, name) for name in ("GOMP_parallel", *LIBRARY_FUNCTIONS)) else None
 
 
 class Kernel:
     """A compiled kernel: `kernel(*integers)` runs it on PyTorch's threads, without Python's lock.
 
-    Nothing is checked: an address must point to as much memory as the sizes say.
+    It returns the last of the integers, which a kernel may change. Nothing is checked: an address must point to as much memory as
+    the sizes say.
     """
 
-    def __init__(self, engine: Any, name: str):
+    def __init__(self, engine: Any, name: str, num_arguments: int):
         # The engine owns the code.
         self._engine = engine
         self._address = engine.get_function_address(name)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        # Packing is faster than making an array of Python's integers.
+        self._block_type, self._pack_into = (
+            ctypes.c_int64 * num_arguments,
+            struct.Struct(f"{num_arguments}q").pack_into,
+        )
 
-    def __call__(self, *integers: int, parallel: bool = True) -> None:
-        block = (ctypes.c_int64 * len(integers))(*integers)
-        threads = torch.get_num_threads() if parallel else 1
-        if threads == 1:
-            self._function(ctypes.addressof(block))
+    def __call__(self, *integers: int, parallel: bool = True) -> int:
+        block = self._block_type()
+        self._pack_into(block, 0, *integers)
+        if parallel and torch.get_num_threads() > 1:
+            _openmp().GOMP_parallel(ctypes.c_void_p(self._address), block, torch.get_num_threads(), 0)
         else:
-            _openmp().GOMP_parallel(
-                ctypes.c_void_p(self._address), ctypes.c_void_p(ctypes.addressof(block)), threads, 0
-            )
+            self._function(block)
+        return block[-1]
 
 
 class KernelBuilder:
@@ -100,8 +119,8 @@ class KernelBuilder:
         self.module = ir.Module(name)
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [self.int64]), name)
         self.ir = ir.IRBuilder(function.append_basic_block())
-        block = function.args[0]
-        self.arguments = [self.load(self.add(block, 8 * place), self.int64, 8) for place in range(num_arguments)]
+        self._block = function.args[0]
+        self.arguments = [self.load(self.add(self._block, 8 * n), self.int64, 8) for n in range(num_arguments)]
 
     def function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         """Declares a function from elsewhere, and gives one that calls it."""
@@ -112,6 +131,23 @@ class KernelBuilder:
 
     def number(self, value: Any) -> Any:
         return ir.Constant(self.int64, value) if isinstance(value, int) else value
+
+    def truth(self, value: bool) -> Any:
+        return ir.Constant(ir.IntType(1), int(value))
+
+    def integer(self, bits: int) -> Any:
+        return ir.IntType(bits)
+
+    def to_int64(self, value: Any) -> Any:
+        """An integer of any width, taken to be positive."""
+        bits = value.type.width
+        return value if bits == 64 else (self.ir.zext if bits < 64 else self.ir.trunc)(value, self.int64)
+
+    def vector_of(self, count: int) -> Any:
+        return ir.VectorType(self.float32, count)
+
+    def float_number(self, value: float) -> Any:
+        return ir.Constant(self.float32, value)
 
     def add(self, left: Any, right: Any) -> Any:
         return self.ir.add(self.number(left), self.number(right))
@@ -141,6 +177,10 @@ class KernelBuilder:
     def store(self, value: Any, address: Any) -> None:
         self.ir.store(value, self.pointer(address), align=4)
 
+    def give_back(self, value: int) -> None:
+        """Makes it what the call returns."""
+        self.ir.store(self.number(value), self.pointer(self.add(self._block, 8 * (len(self.arguments) - 1))))
+
     def zeros(self) -> Any:
         """A vector of zeros."""
         return ir.Constant(self.vector, [0.0] * self.unit.width)
@@ -158,15 +198,19 @@ class KernelBuilder:
         shifted = self.ir.shl(self.ir.zext(bits, wide), ir.Constant(wide, [16] * width))
         return self.ir.bitcast(shifted, self.vector)
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, width: int | None = None) -> Any:
         """A vector whose numbers are all `value`."""
-        width = self.unit.width
-        first = self.ir.insert_element(ir.Constant(self.vector, ir.Undefined), value, self._lane(0))
-        return self.ir.shuffle_vector(first, first, ir.Constant(ir.VectorType(self.int32, width), [0] * width))
+        vector, mask = self.vector_of(width or self.unit.width), ir.VectorType(self.int32, width or self.unit.width)
+        first = self.ir.insert_element(ir.Constant(vector, ir.Undefined), value, self._lane(0))
+        return self.ir.shuffle_vector(first, first, ir.Constant(mask, [0] * vector.count))
 
     def multiply_add(self, left: Any, right: Any, total: Any) -> Any:
         name = f"llvm.fma.v{self.unit.width}f32"
         return self.function(name, self.vector, self.vector, self.vector, self.vector)(left, right, total)
+
+    def exp(self, value: Any) -> Any:
+        """The exponential of a float32, by the C library's function."""
+        return self.function("expf", self.float32, self.float32)(value)
 
     def sum_of(self, vector: Any) -> Any:
         """The sum of a vector's numbers."""
@@ -180,6 +224,10 @@ class KernelBuilder:
                 halves.append(self.ir.shuffle_vector(vector, vector, mask))
             vector = self.ir.fadd(*halves)
         return self.ir.extract_element(vector, self._lane(0))
+
+    def largest_of(self, vector: Any, width: int) -> Any:
+        """The largest of a vector's numbers."""
+        return self.function(f"llvm.vector.reduce.fmax.v{width}f32", self.float32, vector.type)(vector)
 
     def prefetch(self, address: Any) -> None:
         """Asks for a cache line, to be read soon. Any address will do."""
@@ -228,13 +276,13 @@ class KernelBuilder:
         self.ir.ret_void()
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        for name in LIBRARY_FUNCTIONS:
             llvm.add_symbol(name, ctypes.cast(getattr(_openmp(), name), ctypes.c_void_p).value)
         target = llvm.Target.from_default_triple()
         machine = target.create_target_machine(cpu=self.unit.processor, features=self.unit.features, opt=3)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(self.module)), machine)
         engine.finalize_object()
-        return Kernel(engine, self.name)
+        return Kernel(engine, self.name, len(self.arguments))
 
     def _lane(self, place: int) -> Any:
         return ir.Constant(self.int32, place)

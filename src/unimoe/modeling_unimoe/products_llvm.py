@@ -21,12 +21,15 @@ import torch
 
 from .llvm_kernels import LINE, Kernel, KernelBuilder, VectorUnit, vector_unit
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Products of numbers from which several threads are worth waking.
+LEAST_WORK = 1 << 18
 # Below this many bytes, a weight stays in a cache, and PyTorch's own products do as well.
 LARGE_WEIGHT = 1 << 20
 # Columns that a turn of the inner loop handles.
 FEW_ROWS_COLUMNS = 64
 SOME_ROWS_COLUMNS = 8
-# With few rows of x, each turn asks for a line of this many of the next rows of W; it is also the unit of threads' shares.
+# With few rows of x, each turn asks for a line of this many of the next rows of all weights; the unit of threads' shares, too.
 BLOCK_ROWS = 8
 # Rows of W in a tile of some rows, at most.
 MOST_OUTPUTS = 8
@@ -55,13 +58,17 @@ def sums_of_products(
     """
     stride, turns = k.mul(width, dtype.itemsize), k.div(width, FEW_ROWS_COLUMNS)
     steps = FEW_ROWS_COLUMNS // k.unit.width
+    block_rows = BLOCK_ROWS // len(weights)
     # The tiles of a block have as many turns together as a row has lines.
-    tile_size = BLOCK_ROWS * LINE // FEW_ROWS_COLUMNS // dtype.itemsize
+    tile_size = block_rows * LINE // FEW_ROWS_COLUMNS // dtype.itemsize
 
     def tile(first, block_start):
-        # The first turn of the block's first tile asks for the first line of each row of the next block.
+        # The first turn of the block's first tile asks for the first line of each row of the next block. After the last block
+        # there is nothing to ask for but what is there already.
         turns_before = k.mul(k.div(k.sub(first, block_start), tile_size), turns)
-        ahead = k.add(k.mul(stride, k.add(block_start, BLOCK_ROWS)), k.mul(turns_before, LINE))
+        ahead = k.add(k.mul(stride, k.add(block_start, block_rows)), k.mul(turns_before, LINE))
+        has_next = k.ir.icmp_signed("<=", k.add(block_start, 2 * block_rows), num_rows)
+        ahead, ahead_stride = (k.ir.select(has_next, value, k.number(0)) for value in (ahead, stride))
         # Rows that are missing repeat the last.
         rows = [k.min(k.add(first, n), k.sub(num_rows, 1)) for n in range(tile_size)]
         tile_rows = [k.add(weight, k.mul(stride, row)) for row in rows for weight in weights]
@@ -72,10 +79,10 @@ def sums_of_products(
             for step in range(steps):
                 column = k.add(k.mul(index, FEW_ROWS_COLUMNS), step * k.unit.width)
                 w_vectors = [k.load_vector(k.add(row, k.mul(column, dtype.itemsize)), dtype) for row in tile_rows]
-                for _ in range(BLOCK_ROWS * step // steps, BLOCK_ROWS * (step + 1) // steps):
+                for _ in range(block_rows * step // steps, block_rows * (step + 1) // steps):
                     for line in lines:
                         k.prefetch(line)
-                    lines = [k.add(line, stride) for line in lines]
+                    lines = [k.add(line, ahead_stride) for line in lines]
                 for r, x_row in enumerate(x_rows):
                     x_vector = k.load_vector(k.add(x_row, k.mul(column, 4)))
                     for n, w_vector in enumerate(w_vectors):
@@ -90,11 +97,11 @@ def sums_of_products(
             sink(row, [by_row[n] for by_row in by_x])
 
     def block_of_rows(start):
-        stop = k.min(k.add(start, BLOCK_ROWS), end)
+        stop = k.min(k.add(start, block_rows), end)
         k.loop(start, stop, tile_size, lambda first: tile(first, start))
 
     begin, end = share
-    k.loop(begin, end, BLOCK_ROWS, block_of_rows)
+    k.loop(begin, end, block_rows, block_of_rows)
 
 
 @functools.cache
@@ -206,7 +213,7 @@ def _is_taken(x_NC: torch.Tensor, weight_RC: torch.Tensor) -> bool:
     """Whether there is a kernel for a product of this kind, and a reason to use it."""
     (rows, width), (out_width, weight_width) = x_NC.shape, weight_RC.shape
     return (
-        weight_RC.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        weight_RC.dtype in DTYPES
         and x_NC.dtype == weight_RC.dtype
         and width == weight_width
         and width % FEW_ROWS_COLUMNS == 0

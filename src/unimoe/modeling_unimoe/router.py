@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .router_llvm import compiled_router
 from .sorted_experts import ExpertOrder, sort_by_expert
 
 # None: the choice of experts is deterministic.
@@ -89,8 +90,13 @@ def fused_topk_router(
         Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None,
         weights [T, K] in the dtype of `hidden_states`, expert ids int64 [T, K], the most probable expert first.
     """
-    if noise is None and hidden_states.is_cuda:
-        fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, False)
+    if noise is None:
+        if hidden_states.is_cuda:
+            fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, False)
+        elif router_dtype is None or router_dtype is hidden_states.dtype:
+            fused = compiled_router(hidden_states, weight, top_k, norm_topk_prob)
+        else:
+            fused = None
         if fused is not None:
             return fused[0] if return_logits else None, fused[1], fused[2]
     if router_dtype is not None:

@@ -27,6 +27,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .few_tokens_llvm import compiled_experts
+from .llvm_kernels import is_recorded
 from .products_llvm import compiled_product
 
 IMPLEMENTATION = "unimoe"
@@ -104,7 +106,7 @@ def unimoe_experts_forward(
     Returns:
         [T, O] in the dtype of `hidden_states`. Two runs are equal to the last bit.
     """
-    if _is_traced(hidden_states) or hidden_states.device.type != "cpu" or not _has_known_layout(experts):
+    if is_recorded(hidden_states) or hidden_states.device.type != "cpu" or not _has_known_layout(experts):
         return _grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
     weights = ExpertWeights.read(experts)
     if not all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weights if tensor is not None):
@@ -129,22 +131,16 @@ def _run_sorted(
 ) -> torch.Tensor:
     activation, inputs = Activation(experts), (hidden_TH, top_k_weights_TK, *weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not needs_grad and activation.is_swiglu and weights.first_bias_EF is weights.down_bias_EO is None:
+        output_TO = compiled_experts(hidden_TH, weights.first_EFH, weights.down_EOI, top_k_index_TK, top_k_weights_TK)
+        if output_TO is not None:
+            return output_TO
     if hidden_TH.shape[0] == 1 and not needs_grad:
         return _run_one_token(activation, experts.num_experts, top_k_index_TK, hidden_TH, top_k_weights_TK, weights)
     order = sort_by_expert(top_k_index_TK, experts.num_experts)
     if needs_grad:
         return _SortedExperts.apply(activation, order, *inputs)
     return _run(activation, order, hidden_TH, top_k_weights_TK, weights)
-
-
-def _is_traced(hidden_states: torch.Tensor) -> bool:
-    """Whether someone records the operations, who can record no choice that depends on the values."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(hidden_states) not in (torch.Tensor, nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-    )
 
 
 def _has_known_layout(experts: nn.Module) -> bool:

@@ -1,0 +1,234 @@
+"""Experts on a few tokens, as in decoding, on a CPU and without gradients: compiled kernels from hidden states to their output.
+
+Between the layers of a model, the caches of a processor hold neither weights nor programs, so that every further operation costs
+the time of some thousand numbers, for each expert again. Here the gathering of rows, the activation, the routing weights and the
+sum over experts happen in the kernels.
+
+Shape letters: T tokens, K experts chosen for each, P = T * K pairs of token and expert, E experts, C hidden size, I intermediate
+size, O output size.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .llvm_kernels import Kernel, KernelBuilder, VectorUnit, vector_unit
+from .products_llvm import BLOCK_ROWS, DTYPES, FEW_ROWS_COLUMNS, LEAST_WORK, most_few_rows, sums_of_products
+
+# With more pairs for each expert, products of more rows are faster.
+FEW_PAIRS = 4
+
+
+@functools.cache
+def sort_kernel(unit: VectorUnit) -> Kernel:
+    """Takes index int64 [P], pairs int64 [P], starts int64 [E + 1] (addresses), P and E: pairs sorted by expert, and from where
+    on those of each expert are. `starts` must be zeros. Ids of E and above are left out.
+    """
+    k = KernelBuilder(unit, "sort", 5)
+    index, pairs, starts, num_pairs, experts = k.arguments
+
+    def each_pair(act: Callable[[Any, Any], None]) -> None:
+        def body(pair):
+            expert = k.load(k.add(index, k.mul(pair, 8)), k.int64, 8)
+            with k.ir.if_then(k.ir.icmp_unsigned("<", expert, experts)):
+                act(pair, k.add(starts, k.mul(expert, 8)))
+
+        k.loop(0, num_pairs, 1, body)
+
+    def count(_, address):
+        k.store(k.add(k.load(address, k.int64, 8), 1), address)
+
+    def place(pair, address):
+        position = k.load(address, k.int64, 8)
+        k.store(pair, k.add(pairs, k.mul(position, 8)))
+        k.store(k.add(position, 1), address)
+
+    def start_here(expert, before):
+        address = k.add(starts, k.mul(expert, 8))
+        here = k.load(address, k.int64, 8)
+        k.store(before, address)
+        return [k.add(before, here)]
+
+    def move_back(number):
+        # Placing has moved each start to the next expert's.
+        address = k.add(starts, k.mul(k.sub(experts, number), 8))
+        k.store(k.load(k.sub(address, 8), k.int64, 8), address)
+
+    each_pair(count)
+    k.loop(0, experts, 1, start_here, [k.number(0)])
+    each_pair(place)
+    k.loop(0, experts, 1, move_back)
+    k.store(k.number(0), starts)
+    return k.compile()
+
+
+def _for_experts(
+    k: KernelBuilder,
+    pairs: Any,
+    starts: Any,
+    experts: Any,
+    most_rows: int,
+    body: Callable[[Any, Sequence[Any]], None],
+) -> None:
+    """Writes `body(expert, its pairs)`, for every expert that has pairs, up to `most_rows` of them at a time.
+
+    `body` is written for 1, 2, 4, ... pairs; where they are fewer, the last is there several times.
+    """
+
+    def of_expert(expert):
+        start, stop = (k.load(k.add(starts, k.mul(k.add(expert, n), 8)), k.int64, 8) for n in (0, 1))
+
+        def chunk(first):
+            count = k.min(k.sub(stop, first), most_rows)
+            rows = 1
+            while rows <= most_rows:
+                fits = k.ir.icmp_signed("<=", count, k.number(rows))
+                with k.ir.if_then(k.ir.and_(fits, k.ir.icmp_signed(">", count, k.number(rows // 2)))):
+                    places = [k.add(first, k.min(row, k.sub(count, 1))) for row in range(rows)]
+                    body(expert, [k.load(k.add(pairs, k.mul(place, 8)), k.int64, 8) for place in places])
+                rows *= 2
+
+        k.loop(start, stop, most_rows, chunk)
+
+    k.loop(0, experts, 1, of_expert)
+
+
+@functools.cache
+def first_kernel(dtype: torch.dtype, most_rows: int, unit: VectorUnit) -> Kernel:
+    """Takes x float32 [T, C], gate_up_proj [E, 2 * I, C] of `dtype`, pairs and starts (see `sort_kernel`), routing weights
+    float32 [P] and the result float32 [P, I] (addresses), K, E, C and I. The result is silu(gate) * up * weight.
+    """
+    k = KernelBuilder(unit, "first", 10)
+    x, gate_up, pairs, starts, scale, h, top_k, experts, width, intermediate = k.arguments
+    share = k.share_of_thread(intermediate, BLOCK_ROWS)
+    weight_size = k.mul(k.mul(intermediate, width), dtype.itemsize)
+
+    def body(expert, own_pairs):
+        gate = k.add(gate_up, k.mul(k.mul(weight_size, 2), expert))
+        x_rows = [k.add(x, k.mul(k.mul(k.div(pair, top_k), width), 4)) for pair in own_pairs]
+        weights = [k.load(k.add(scale, k.mul(pair, 4)), k.float32, 4) for pair in own_pairs]
+
+        def sink(row, sums):
+            for pair, weight, (gate_value, up_value) in zip(own_pairs, weights, sums):
+                divisor = k.ir.fadd(k.float_number(1.0), k.exp(k.ir.fneg(gate_value)))
+                value = k.ir.fmul(k.ir.fmul(k.ir.fdiv(gate_value, divisor), up_value), weight)
+                k.store(value, k.add(h, k.mul(k.add(k.mul(pair, intermediate), row), 4)))
+
+        sums_of_products(k, x_rows, [gate, k.add(gate, weight_size)], width, share, intermediate, sink, dtype)
+
+    _for_experts(k, pairs, starts, experts, most_rows, body)
+    return k.compile()
+
+
+@functools.cache
+def second_kernel(dtype: torch.dtype, most_rows: int, unit: VectorUnit) -> Kernel:
+    """Takes h float32 [P, I], down_proj [E, O, I] of `dtype`, pairs and starts, y float32 [P, O], result float32 [T, O]
+    (addresses), T, K, E, I and O. y must be zeros where an expert is held elsewhere.
+    """
+    k = KernelBuilder(unit, "second", 11)
+    h, down, pairs, starts, y, result, tokens, top_k, experts, intermediate, out_width = k.arguments
+    share = k.share_of_thread(out_width, BLOCK_ROWS)
+
+    def body(expert, own_pairs):
+        weight = k.add(down, k.mul(k.mul(k.mul(out_width, intermediate), dtype.itemsize), expert))
+        h_rows = [k.add(h, k.mul(k.mul(pair, intermediate), 4)) for pair in own_pairs]
+
+        def sink(row, sums):
+            for pair, (value,) in zip(own_pairs, sums):
+                k.store(value, k.add(y, k.mul(k.add(k.mul(pair, out_width), row), 4)))
+
+        sums_of_products(k, h_rows, [weight], intermediate, share, out_width, sink, dtype)
+
+    def sum_of_token(token):
+        y_row = k.add(y, k.mul(k.mul(k.mul(token, top_k), out_width), 4))
+        result_row = k.add(result, k.mul(k.mul(token, out_width), 4))
+
+        def sum_of_column(column):
+            address = k.add(y_row, k.mul(column, 4))
+
+            def add(choice, total):
+                value = k.load(k.add(address, k.mul(k.mul(choice, out_width), 4)), k.float32, 4)
+                return [k.ir.fadd(total, value)]
+
+            (total,) = k.loop(0, top_k, 1, add, [k.float_number(0.0)])
+            k.store(total, k.add(result_row, k.mul(column, 4)))
+
+        k.loop(*share, 1, sum_of_column)
+
+    _for_experts(k, pairs, starts, experts, most_rows, body)
+    # Of its columns, each thread has all that it sums.
+    k.loop(0, tokens, 1, sum_of_token)
+    return k.compile()
+
+
+def compiled_experts(
+    x_TC: torch.Tensor,
+    gate_up_EFC: torch.Tensor,
+    down_EOI: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+) -> torch.Tensor | None:
+    """SwiGLU experts without biases, without gradients; None where the kernels do not take these tensors, or too many tokens.
+
+    Args:
+        x_TC, gate_up_EFC, down_EOI: of one dtype, float32, bfloat16 or float16, on a CPU; F is 2 * I.
+        top_k_index_TK: int64; ids of E and above mark experts held elsewhere.
+        top_k_weights_TK: float.
+
+    Returns:
+        [T, O] in the dtype of `x_TC`, computed in float32 throughout.
+    """
+    unit, dtype = vector_unit(), gate_up_EFC.dtype
+    (tokens, top_k), (experts, out_width, intermediate) = top_k_index_TK.shape, down_EOI.shape
+    width = x_TC.shape[1]
+    if (
+        unit is None
+        or dtype not in DTYPES
+        or not x_TC.dtype == dtype == down_EOI.dtype
+        or width % FEW_ROWS_COLUMNS
+        or intermediate % FEW_ROWS_COLUMNS
+        or not 0 < tokens * top_k <= max(FEW_PAIRS * experts, top_k)
+        or not (gate_up_EFC.is_contiguous() and down_EOI.is_contiguous())
+    ):
+        return None
+    x_TC, index_TK, weights_TK = x_TC.float().contiguous(), top_k_index_TK.contiguous(), top_k_weights_TK.float()
+    weights_TK = weights_TK.contiguous()
+    pair_P, starts = torch.empty_like(index_TK), torch.zeros(experts + 1, dtype=torch.int64)
+    h_PI, y_PO = torch.empty(tokens * top_k, intermediate), torch.zeros(tokens * top_k, out_width)
+    result_TO = torch.empty(tokens, out_width)
+    sort_kernel(unit)(
+        index_TK.data_ptr(), pair_P.data_ptr(), starts.data_ptr(), tokens * top_k, experts, parallel=False
+    )
+    # An expert has each token at most once.
+    most_rows = min(most_few_rows(dtype, unit), 1 << (tokens - 1).bit_length())
+    parallel = tokens * top_k * intermediate * width >= LEAST_WORK
+    first_kernel(dtype, most_rows, unit)(
+        x_TC.data_ptr(),
+        gate_up_EFC.data_ptr(),
+        pair_P.data_ptr(),
+        starts.data_ptr(),
+        weights_TK.data_ptr(),
+        h_PI.data_ptr(),
+        top_k,
+        experts,
+        width,
+        intermediate,
+        parallel=parallel,
+    )
+    second_kernel(dtype, most_rows, unit)(
+        h_PI.data_ptr(),
+        down_EOI.data_ptr(),
+        pair_P.data_ptr(),
+        starts.data_ptr(),
+        y_PO.data_ptr(),
+        result_TO.data_ptr(),
+        tokens,
+        top_k,
+        experts,
+        intermediate,
+        out_width,
+        parallel=parallel,
+    )
+    return result_TO.to(dtype)
