@@ -3,19 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from vector_units import OWN, UNITS
 
 from unimoe.modeling_unimoe import products_llvm
-from unimoe.modeling_unimoe.llvm_kernels import VectorUnit, vector_unit
 from unimoe.modeling_unimoe.products_llvm import compiled_product
 
-UNIT = vector_unit()
-pytestmark = pytest.mark.skipif(UNIT is None, reason="no kernels are compiled on this processor")
+pytestmark = pytest.mark.skipif(OWN is None, reason="no kernels are compiled on this processor")
 
-# Narrower units than this machine's run on it too; with few registers, tiles are smaller.
-UNITS = {"own": UNIT, "few registers": None, "narrow": None}
-if UNIT is not None:
-    UNITS["few registers"] = VectorUnit(8, 16, UNIT.processor, UNIT.features)
-    UNITS["narrow"] = VectorUnit(4, 32, UNIT.processor, UNIT.features)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
@@ -77,7 +71,7 @@ def test_views_are_read_where_they_lie(rows):
 def test_nothing_else_is_written(rows):
     x, weight = torch.randn(rows, 128), torch.randn(4097, 128)
     guarded = torch.full((rows * 4097 + 32,), 7.0)
-    kernel = products_llvm.few_rows_kernel(torch.float32, 8, UNIT)
+    kernel = products_llvm.few_rows_kernel(torch.float32, 8, OWN)
     kernel(x.data_ptr(), weight.data_ptr(), guarded.data_ptr() + 64, rows, 128, 4097)
     assert (guarded[:16] == 7).all() and (guarded[-16:] == 7).all()
     assert_is_product(guarded[16:-16].view(rows, 4097), x, weight)

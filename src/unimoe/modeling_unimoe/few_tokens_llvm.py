@@ -17,9 +17,6 @@ import torch
 from .llvm_kernels import Kernel, KernelBuilder, VectorUnit, vector_unit
 from .products_llvm import BLOCK_ROWS, DTYPES, FEW_ROWS_COLUMNS, LEAST_WORK, most_few_rows, sums_of_products
 
-# With more pairs for each expert, products of more rows are faster.
-FEW_PAIRS = 4
-
 
 @functools.cache
 def sort_kernel(unit: VectorUnit) -> Kernel:
@@ -183,13 +180,15 @@ def compiled_experts(
     unit, dtype = vector_unit(), gate_up_EFC.dtype
     (tokens, top_k), (experts, out_width, intermediate) = top_k_index_TK.shape, down_EOI.shape
     width = x_TC.shape[1]
+    if unit is None:
+        return None
+    most_rows = most_few_rows(dtype, unit)
     if (
-        unit is None
-        or dtype not in DTYPES
+        dtype not in DTYPES
         or not x_TC.dtype == dtype == down_EOI.dtype
         or width % FEW_ROWS_COLUMNS
         or intermediate % FEW_ROWS_COLUMNS
-        or not 0 < tokens * top_k <= max(FEW_PAIRS * experts, top_k)
+        or not 0 < tokens * top_k <= most_rows * experts
         or not (gate_up_EFC.is_contiguous() and down_EOI.is_contiguous())
     ):
         return None
@@ -202,7 +201,7 @@ def compiled_experts(
         index_TK.data_ptr(), pair_P.data_ptr(), starts.data_ptr(), tokens * top_k, experts, parallel=False
     )
     # An expert has each token at most once.
-    most_rows = min(most_few_rows(dtype, unit), 1 << (tokens - 1).bit_length())
+    most_rows = min(most_rows, 1 << (tokens - 1).bit_length())
     parallel = tokens * top_k * intermediate * width >= LEAST_WORK
     first_kernel(dtype, most_rows, unit)(
         x_TC.data_ptr(),
