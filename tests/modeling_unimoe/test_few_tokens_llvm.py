@@ -111,10 +111,12 @@ def test_what_it_does_not_take():
 @pytest.mark.parametrize("experts", [1, 5, 64])
 def test_sort(experts):
     index = torch.randint(0, experts + 2, (200,))
-    pairs, starts = torch.full((201,), -7), torch.zeros(experts + 2, dtype=torch.int64)
+    pairs, tokens, starts = torch.full((2, 201), -7).unbind() + (torch.zeros(experts + 2, dtype=torch.int64),)
     starts[-1] = -7
-    sort_kernel(OWN)(index.data_ptr(), pairs.data_ptr(), starts.data_ptr(), 200, experts, parallel=False)
+    addresses = (tensor.data_ptr() for tensor in (index, pairs, tokens, starts))
+    sort_kernel(OWN)(*addresses, 200, 2, experts, parallel=False)
     counts = torch.bincount(index, minlength=experts)[:experts]
     assert starts.tolist() == [0, *counts.cumsum(0).tolist(), -7]
     expected = index.sort(stable=True).indices[: counts.sum()]
     assert torch.equal(pairs[: counts.sum()], expected) and pairs[-1] == -7
+    assert torch.equal(tokens[: counts.sum()], expected // 2) and tokens[-1] == -7

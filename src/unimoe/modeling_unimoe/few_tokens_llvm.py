@@ -20,11 +20,12 @@ from .products_llvm import BLOCK_ROWS, DTYPES, FEW_ROWS_COLUMNS, LEAST_WORK, mos
 
 @functools.cache
 def sort_kernel(unit: VectorUnit) -> Kernel:
-    """Takes index int64 [P], pairs int64 [P], starts int64 [E + 1] (addresses), P and E: pairs sorted by expert, and from where
-    on those of each expert are. `starts` must be zeros. Ids of E and above are left out.
+    """Takes index int64 [P], pairs int64 [P], tokens int64 [P], starts int64 [E + 1] (addresses), P, K and E: pairs sorted by
+    expert, the token of each, and from where on those of each expert are. `starts` must be zeros. Ids of E and above are left
+    out.
     """
-    k = KernelBuilder(unit, "sort", 5)
-    index, pairs, starts, num_pairs, experts = k.arguments
+    k = KernelBuilder(unit, "sort", 7)
+    index, pairs, tokens, starts, num_pairs, top_k, experts = k.arguments
 
     def each_pair(act: Callable[[Any, Any], None]) -> None:
         def body(pair):
@@ -40,6 +41,7 @@ def sort_kernel(unit: VectorUnit) -> Kernel:
     def place(pair, address):
         position = k.load(address, k.int64, 8)
         k.store(pair, k.add(pairs, k.mul(position, 8)))
+        k.store(k.div(pair, top_k), k.add(tokens, k.mul(position, 8)))
         k.store(k.add(position, 1), address)
 
     def start_here(expert, before):
@@ -61,61 +63,76 @@ def sort_kernel(unit: VectorUnit) -> Kernel:
     return k.compile()
 
 
-def _for_experts(
-    k: KernelBuilder,
-    pairs: Any,
-    starts: Any,
-    experts: Any,
-    most_rows: int,
-    body: Callable[[Any, Sequence[Any]], None],
-) -> None:
-    """Writes `body(expert, its pairs)`, for every expert that has pairs, up to `most_rows` of them at a time.
+class _Chunks:
+    """The pairs of an expert, up to `most_rows` at a time.
 
-    `body` is written for 1, 2, 4, ... pairs; where they are fewer, the last is there several times.
+    Args:
+        k: the kernel that is being written.
+        starts: its argument.
+        expert: whose pairs.
+        share: the rows of the expert's weights that a thread has. `self.share` is none of them if the expert has no pairs.
     """
 
-    def of_expert(expert):
-        start, stop = (k.load(k.add(starts, k.mul(k.add(expert, n), 8)), k.int64, 8) for n in (0, 1))
+    def __init__(self, k: KernelBuilder, starts: Any, expert: Any, share: tuple[Any, Any], most_rows: int):
+        self.k, self.most_rows = k, most_rows
+        self.start, self.stop = (k.load(k.add(starts, k.mul(k.add(expert, n), 8)), k.int64, 8) for n in (0, 1))
+        has_pairs = k.ir.icmp_signed("<", self.start, self.stop)
+        self.share = share[0], k.ir.select(has_pairs, share[1], share[0])
+
+    def each(self, write: Callable[[Sequence[Any], Any], None]) -> None:
+        """Writes `write(places, is_first)` for 1, 2, 4, ... places; where they are fewer, the last is there several times."""
+        k = self.k
 
         def chunk(first):
-            count = k.min(k.sub(stop, first), most_rows)
-            rows = 1
-            while rows <= most_rows:
+            count, rows = k.min(k.sub(self.stop, first), self.most_rows), 1
+            is_first = k.ir.icmp_signed("==", first, self.start)
+            while rows <= self.most_rows:
                 fits = k.ir.icmp_signed("<=", count, k.number(rows))
                 with k.ir.if_then(k.ir.and_(fits, k.ir.icmp_signed(">", count, k.number(rows // 2)))):
-                    places = [k.add(first, k.min(row, k.sub(count, 1))) for row in range(rows)]
-                    body(expert, [k.load(k.add(pairs, k.mul(place, 8)), k.int64, 8) for place in places])
+                    write([k.add(first, k.min(row, k.sub(count, 1))) for row in range(rows)], is_first)
                 rows *= 2
 
-        k.loop(start, stop, most_rows, chunk)
+        k.loop(self.start, self.stop, self.most_rows, chunk)
 
-    k.loop(0, experts, 1, of_expert)
+    def at(self, array: Any, places: Sequence[Any]) -> list[Any]:
+        """Integers of an array."""
+        return [self.k.load(self.k.add(array, self.k.mul(place, 8)), self.k.int64, 8) for place in places]
 
 
 @functools.cache
 def first_kernel(dtype: torch.dtype, most_rows: int, unit: VectorUnit) -> Kernel:
-    """Takes x float32 [T, C], gate_up_proj [E, 2 * I, C] of `dtype`, pairs and starts (see `sort_kernel`), routing weights
-    float32 [P] and the result float32 [P, I] (addresses), K, E, C and I. The result is silu(gate) * up * weight.
+    """Takes x float32 [T, C], gate_up_proj [E, 2 * I, C] of `dtype`, pairs, tokens and starts (see `sort_kernel`), routing
+    weights float32 [P] and the result float32 [P, I] (addresses), E, C and I. The result is silu(gate) * up * weight.
     """
     k = KernelBuilder(unit, "first", 10)
-    x, gate_up, pairs, starts, scale, h, top_k, experts, width, intermediate = k.arguments
+    x, gate_up, pairs, tokens, starts, scale, h, experts, width, intermediate = k.arguments
     share = k.share_of_thread(intermediate, BLOCK_ROWS)
     weight_size = k.mul(k.mul(intermediate, width), dtype.itemsize)
 
-    def body(expert, own_pairs):
+    def of_expert(expert):
+        chunks = _Chunks(k, starts, expert, share, most_rows)
         gate = k.add(gate_up, k.mul(k.mul(weight_size, 2), expert))
-        x_rows = [k.add(x, k.mul(k.mul(k.div(pair, top_k), width), 4)) for pair in own_pairs]
-        weights = [k.load(k.add(scale, k.mul(pair, 4)), k.float32, 4) for pair in own_pairs]
 
-        def sink(row, sums):
-            for pair, weight, (gate_value, up_value) in zip(own_pairs, weights, sums):
-                divisor = k.ir.fadd(k.float_number(1.0), k.exp(k.ir.fneg(gate_value)))
-                value = k.ir.fmul(k.ir.fmul(k.ir.fdiv(gate_value, divisor), up_value), weight)
-                k.store(value, k.add(h, k.mul(k.add(k.mul(pair, intermediate), row), 4)))
+        def each_chunk(write_chunk):
+            def write(places, is_first):
+                own_pairs = chunks.at(pairs, places)
 
-        sums_of_products(k, x_rows, [gate, k.add(gate, weight_size)], width, share, intermediate, sink, dtype)
+                def sink(row, sums):
+                    for pair, (gate_value, up_value) in zip(own_pairs, sums):
+                        divisor = k.ir.fadd(k.float_number(1.0), k.exp(k.ir.fneg(gate_value)))
+                        weight = k.load(k.add(scale, k.mul(pair, 4)), k.float32, 4)
+                        value = k.ir.fmul(k.ir.fmul(k.ir.fdiv(gate_value, divisor), up_value), weight)
+                        k.store(value, k.add(h, k.mul(k.add(k.mul(pair, intermediate), row), 4)))
 
-    _for_experts(k, pairs, starts, experts, most_rows, body)
+                x_rows = [k.add(x, k.mul(k.mul(width, 4), token)) for token in chunks.at(tokens, places)]
+                write_chunk(x_rows, sink, is_first)
+
+            chunks.each(write)
+
+        weights = [gate, k.add(gate, weight_size)]
+        sums_of_products(k, weights, width, chunks.share, intermediate, each_chunk, dtype)
+
+    k.loop(0, experts, 1, of_expert)
     return k.compile()
 
 
@@ -128,15 +145,24 @@ def second_kernel(dtype: torch.dtype, most_rows: int, unit: VectorUnit) -> Kerne
     h, down, pairs, starts, y, result, tokens, top_k, experts, intermediate, out_width = k.arguments
     share = k.share_of_thread(out_width, BLOCK_ROWS)
 
-    def body(expert, own_pairs):
+    def of_expert(expert):
+        chunks = _Chunks(k, starts, expert, share, most_rows)
         weight = k.add(down, k.mul(k.mul(k.mul(out_width, intermediate), dtype.itemsize), expert))
-        h_rows = [k.add(h, k.mul(k.mul(pair, intermediate), 4)) for pair in own_pairs]
 
-        def sink(row, sums):
-            for pair, (value,) in zip(own_pairs, sums):
-                k.store(value, k.add(y, k.mul(k.add(k.mul(pair, out_width), row), 4)))
+        def each_chunk(write_chunk):
+            def write(places, is_first):
+                own_pairs = chunks.at(pairs, places)
 
-        sums_of_products(k, h_rows, [weight], intermediate, share, out_width, sink, dtype)
+                def sink(row, sums):
+                    for pair, (value,) in zip(own_pairs, sums):
+                        k.store(value, k.add(y, k.mul(k.add(k.mul(pair, out_width), row), 4)))
+
+                h_rows = [k.add(h, k.mul(k.mul(intermediate, 4), pair)) for pair in own_pairs]
+                write_chunk(h_rows, sink, is_first)
+
+            chunks.each(write)
+
+        sums_of_products(k, [weight], intermediate, chunks.share, out_width, each_chunk, dtype)
 
     def sum_of_token(token):
         y_row = k.add(y, k.mul(k.mul(k.mul(token, top_k), out_width), 4))
@@ -154,7 +180,7 @@ def second_kernel(dtype: torch.dtype, most_rows: int, unit: VectorUnit) -> Kerne
 
         k.loop(*share, 1, sum_of_column)
 
-    _for_experts(k, pairs, starts, experts, most_rows, body)
+    k.loop(0, experts, 1, of_expert)
     # Of its columns, each thread has all that it sums.
     k.loop(0, tokens, 1, sum_of_token)
     return k.compile()
@@ -194,11 +220,19 @@ def compiled_experts(
         return None
     x_TC, index_TK, weights_TK = x_TC.float().contiguous(), top_k_index_TK.contiguous(), top_k_weights_TK.float()
     weights_TK = weights_TK.contiguous()
-    pair_P, starts = torch.empty_like(index_TK), torch.zeros(experts + 1, dtype=torch.int64)
+    pair_P, token_P = torch.empty(2, tokens * top_k, dtype=torch.int64)
+    starts = torch.zeros(experts + 1, dtype=torch.int64)
     h_PI, y_PO = torch.empty(tokens * top_k, intermediate), torch.zeros(tokens * top_k, out_width)
     result_TO = torch.empty(tokens, out_width)
     sort_kernel(unit)(
-        index_TK.data_ptr(), pair_P.data_ptr(), starts.data_ptr(), tokens * top_k, experts, parallel=False
+        index_TK.data_ptr(),
+        pair_P.data_ptr(),
+        token_P.data_ptr(),
+        starts.data_ptr(),
+        tokens * top_k,
+        top_k,
+        experts,
+        parallel=False,
     )
     # An expert has each token at most once.
     most_rows = min(most_rows, 1 << (tokens - 1).bit_length())
@@ -207,10 +241,10 @@ def compiled_experts(
         x_TC.data_ptr(),
         gate_up_EFC.data_ptr(),
         pair_P.data_ptr(),
+        token_P.data_ptr(),
         starts.data_ptr(),
         weights_TK.data_ptr(),
         h_PI.data_ptr(),
-        top_k,
         experts,
         width,
         intermediate,

@@ -26,6 +26,8 @@ except ImportError:
 LINE = 64
 """Bytes of a cache line."""
 
+# From llvmlite 0.45 on, pointers have no types of their own.
+LEAST_LLVM = (20,)
 # What kernels call, and PyTorch's own libraries are linked with.
 LIBRARY_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "expf")
 
@@ -42,7 +44,7 @@ class VectorUnit(NamedTuple):
 @functools.cache
 def vector_unit() -> VectorUnit | None:
     """This processor's, or None where no kernels can be compiled."""
-    if llvm is None or _openmp() is None:
+    if llvm is None or llvm.llvm_version_info < LEAST_LLVM or _openmp() is None:
         return None
     features = llvm.get_host_cpu_features()
     known = {"processor": llvm.get_host_cpu_name(), "features": features.flatten()}

@@ -29,6 +29,8 @@ LARGE_WEIGHT = 1 << 20
 # Columns that a turn of the inner loop handles.
 FEW_ROWS_COLUMNS = 64
 SOME_ROWS_COLUMNS = 8
+WriteChunk = Callable[..., None]
+
 # With few rows of x, each turn asks for a line of this many of the next rows of all weights; the unit of threads' shares, too.
 BLOCK_ROWS = 8
 # Rows of W in a tile of some rows, at most.
@@ -37,24 +39,24 @@ MOST_OUTPUTS = 8
 
 def sums_of_products(
     k: KernelBuilder,
-    x_rows: Sequence[Any],
     weights: Sequence[Any],
     width: Any,
     share: tuple[Any, Any],
     num_rows: Any,
-    sink: Callable[[Any, list[list[Any]]], None],
+    each_chunk: Callable[[WriteChunk], None],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes the loops over rows of W: the sums of products of each with each row of x.
+    """Writes the loops over rows of W, and in them over chunks of rows of x: each row of W is fetched from memory once.
 
     Args:
         k: the kernel that is being written.
-        x_rows: addresses of rows of x, float32.
         weights: addresses of one or several weights of the same shape and of `dtype`, walked through at the same time.
         width: C, a multiple of FEW_ROWS_COLUMNS.
         share: from which row of the weights to which.
         num_rows: how many rows the weights have.
-        sink: is called with the number of a row and, for each row of x, the sums with that row of each weight.
+        each_chunk: is called once, with a function that it shall call for each chunk of rows of x that it wants written. That
+            takes the addresses of these rows (float32), a sink, and whether this is the first chunk (None: surely). The sink is
+            called with the number of a row of W and, for each row of x, the sums with that row of each weight.
     """
     stride, turns = k.mul(width, dtype.itemsize), k.div(width, FEW_ROWS_COLUMNS)
     steps = FEW_ROWS_COLUMNS // k.unit.width
@@ -62,13 +64,12 @@ def sums_of_products(
     # The tiles of a block have as many turns together as a row has lines.
     tile_size = block_rows * LINE // FEW_ROWS_COLUMNS // dtype.itemsize
 
-    def tile(first, block_start):
-        # The first turn of the block's first tile asks for the first line of each row of the next block. After the last block
-        # there is nothing to ask for but what is there already.
+    def tile(first, block_start, x_rows, sink, fetches):
+        # The first turn of the block's first tile asks for the first line of each row of the next block. Where that is not
+        # wanted, it asks for what is there already.
         turns_before = k.mul(k.div(k.sub(first, block_start), tile_size), turns)
         ahead = k.add(k.mul(stride, k.add(block_start, block_rows)), k.mul(turns_before, LINE))
-        has_next = k.ir.icmp_signed("<=", k.add(block_start, 2 * block_rows), num_rows)
-        ahead, ahead_stride = (k.ir.select(has_next, value, k.number(0)) for value in (ahead, stride))
+        ahead, ahead_stride = (k.ir.select(fetches, value, k.number(0)) for value in (ahead, stride))
         # Rows that are missing repeat the last.
         rows = [k.min(k.add(first, n), k.sub(num_rows, 1)) for n in range(tile_size)]
         tile_rows = [k.add(weight, k.mul(stride, row)) for row in rows for weight in weights]
@@ -98,7 +99,13 @@ def sums_of_products(
 
     def block_of_rows(start):
         stop = k.min(k.add(start, block_rows), end)
-        k.loop(start, stop, tile_size, lambda first: tile(first, start))
+        has_next = k.ir.icmp_signed("<=", k.add(start, 2 * block_rows), num_rows)
+
+        def write_chunk(x_rows, sink, is_first=None):
+            fetches = has_next if is_first is None else k.ir.and_(has_next, is_first)
+            k.loop(start, stop, tile_size, lambda first: tile(first, start, x_rows, sink, fetches))
+
+        each_chunk(write_chunk)
 
     begin, end = share
     k.loop(begin, end, block_rows, block_of_rows)
@@ -121,7 +128,7 @@ def few_rows_kernel(dtype: torch.dtype, rows: int, unit: VectorUnit) -> Kernel:
 
     x_rows = [k.add(x, k.mul(k.mul(width, 4), row)) for row in rows_of_x]
     share = k.share_of_thread(out_width, BLOCK_ROWS)
-    sums_of_products(k, x_rows, [weight], width, share, out_width, sink, dtype)
+    sums_of_products(k, [weight], width, share, out_width, lambda write: write(x_rows, sink), dtype)
     return k.compile()
 
 

@@ -31,7 +31,7 @@ def router_kernel(experts: int, top_k: int, normalised: bool, is_mapped: bool, u
     k = KernelBuilder(unit, "router", 8)
     hidden, weight, logits, weights, index, tokens, width, _ = k.arguments
 
-    def multiply(start, stop):
+    def each_group(write_chunk):
         def group(first):
             # Experts that are missing repeat the last.
             numbers = [k.min(k.add(first, n), experts - 1) for n in range(min(EXPERTS_AT_ONCE, experts))]
@@ -41,7 +41,7 @@ def router_kernel(experts: int, top_k: int, normalised: bool, is_mapped: bool, u
                 for number, (value,) in zip(numbers, sums):
                     k.store(value, k.add(logits, k.mul(k.add(k.mul(token, experts), number), 4)))
 
-            sums_of_products(k, rows, [hidden], width, (start, stop), tokens, sink)
+            write_chunk(rows, sink, k.ir.icmp_signed("==", first, k.number(0)))
 
         k.loop(0, experts, EXPERTS_AT_ONCE, group)
 
@@ -69,7 +69,7 @@ def router_kernel(experts: int, top_k: int, normalised: bool, is_mapped: bool, u
     def block(start):
         stop = k.min(k.add(start, BLOCK_ROWS), end)
         if not is_mapped:
-            multiply(start, stop)
+            sums_of_products(k, [hidden], width, (start, stop), tokens, each_group)
         k.loop(start, stop, 1, choose)
 
     begin, end = k.share_of_thread(tokens, BLOCK_ROWS)
