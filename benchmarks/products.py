@@ -33,7 +33,7 @@ def ways(weight: torch.Tensor, x: torch.Tensor) -> dict:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=7)
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--intermediate-size", type=int, default=2816)
     parser.add_argument("--tokens", type=int, nargs="+", help="rows of an expert")

@@ -71,7 +71,7 @@ def forward_backward(router: Callable, hidden_states: torch.Tensor) -> Callable[
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens routed at a time")
     parser.add_argument("--num-experts", type=int, nargs="+")
     args = parser.parse_args(argv)

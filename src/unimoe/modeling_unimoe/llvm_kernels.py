@@ -1,8 +1,8 @@
 """Kernels for CPUs, written in LLVM's intermediate language and compiled in the running process.
 
-Compiling needs `llvmlite`, which comes with librosa (by way of numba), and takes some tenths of a second for a kernel; each is
-compiled once in a process, when it is first used. No compiler has to be installed. Where llvmlite is missing, on processors whose
-vectors are not known here, and where PyTorch has no OpenMP, `vector_unit()` is None and PyTorch's own operations run.
+Compiling needs `llvmlite`, which comes with librosa (by way of numba), and takes about a tenth of a second for a kernel; each is
+compiled once in a process, when it is first used. No compiler has to be installed. Where llvmlite is missing or old, on processors
+whose vectors are not known here, and where PyTorch has no OpenMP, `vector_unit()` is None and PyTorch's own operations run.
 
 A kernel is a function of one block of 64-bit integers: addresses, sizes and strides. All threads of a team call it with the same
 block, and each takes its part. The team is that of PyTorch's own operations, so a call never competes with theirs.
@@ -71,7 +71,10 @@ def is_recorded(tensor: torch.Tensor) -> bool:
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
     """PyTorch's own library, through which the OpenMP that it uses is found; None where it uses another."""
-    library = ctypes.CDLL(torch._C.__file__)
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+    except OSError:
+        return None
     return library if all(hasattr(library, name) for name in ("GOMP_parallel", *LIBRARY_FUNCTIONS)) else None
 
 
@@ -87,11 +90,9 @@ class Kernel:
         self._engine = engine
         self._address = engine.get_function_address(name)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._block_type = ctypes.c_int64 * num_arguments
         # Packing is faster than making an array of Python's integers.
-        self._block_type, self._pack_into = (
-            ctypes.c_int64 * num_arguments,
-            struct.Struct(f"{num_arguments}q").pack_into,
-        )
+        self._pack_into = struct.Struct(f"{num_arguments}q").pack_into
 
     def __call__(self, *integers: int, parallel: bool = True) -> int:
         block = self._block_type()
