@@ -1,8 +1,9 @@
 """Kernels for CPUs, written in LLVM's intermediate language and compiled in the running process.
 
-Compiling needs `llvmlite`, which comes with librosa (by way of numba), and takes about a tenth of a second for a kernel; each is
-compiled once in a process, when it is first used. No compiler has to be installed. Where llvmlite is missing or old, on processors
-whose vectors are not known here, and where PyTorch has no OpenMP, `vector_unit()` is None and PyTorch's own operations run.
+Compiling needs `llvmlite`, which comes with librosa (by way of numba), and takes about a tenth of a second for a kernel; each
+is compiled once in a process, when it is first used. No compiler has to be installed. Where llvmlite is missing or old, where
+PyTorch has no OpenMP, and on processors whose vectors are not known here, `vector_unit()` is None and PyTorch's own operations
+run.
 
 A kernel is a function of one block of 64-bit integers: addresses, sizes and strides. All threads of a team call it with the same
 block, and each takes its part. The team is that of PyTorch's own operations, so a call never competes with theirs.
