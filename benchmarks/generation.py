@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .common import Report, arguments, compare, compare_measures
 from .models import SMALL, Sizes, give_weights, peer_model, prompt, set_experts, unimoe_model
 
-# Llava's default comes first.
+# Llava's default comes first. The last is never the best, so that only the full form has it.
 PEER_EXPERTS = ("grouped_mm", "eager", "batched_mm")
 # batched_mm is several times slower, so fewer of its steps are taken.
 BATCHED_TOKENS = 4
@@ -58,7 +58,7 @@ def measure(model: PreTrainedModel, inputs: dict, num_tokens: int) -> dict[str, 
     return {"prefill": prefill, "first token": clock.first, "decode": clock.step}
 
 
-def peer_rows(report: Report, sizes: Sizes, num_tokens: int, rounds: int) -> None:
+def peer_rows(report: Report, sizes: Sizes, num_tokens: int, rounds: int, peers: tuple[str, ...]) -> None:
     """UniMoE and Llava read one image and text; only Llava's experts implementation varies."""
     peer, ours = peer_model(sizes), unimoe_model(sizes)
     give_weights(peer, ours)
@@ -84,7 +84,7 @@ def peer_rows(report: Report, sizes: Sizes, num_tokens: int, rounds: int) -> Non
 
     num_prompt = inputs["input_ids"].shape[1]
     runs = {"ours": lambda: measure(ours, inputs, num_tokens)}
-    for experts in PEER_EXPERTS:
+    for experts in peers:
         gathers = experts == "batched_mm" and num_prompt > batched_limit
         runs[experts] = run_batched if gathers else run_peer(experts)
     medians = compare_measures(runs, rounds)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     elif args.full:
         all_sizes += [small, Sizes(num_layers=8), Sizes(num_experts=8), Sizes(dtype=torch.bfloat16)]
     for sizes in all_sizes:
-        peer_rows(report, sizes, args.tokens, args.rounds)
+        peer_rows(report, sizes, args.tokens, args.rounds, PEER_EXPERTS if args.full else PEER_EXPERTS[:2])
     for sizes in [small, Sizes()] if args.full else [small]:
         original_way_row(report, sizes, args.original_tokens, 3 if args.full else 1)
     return report.finish()

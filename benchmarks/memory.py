@@ -22,12 +22,13 @@ SIZES = Sizes(num_layers=2)
 MODELS = {"ours": unimoe.UniMoEForConditionalGeneration, "peer": LlavaForConditionalGeneration}
 
 
-def child(model: str, task: str, folder: str, tiny: bool) -> None:
-    """What the measured process does."""
-    if task != "import":
+def child(model: str, folder: str | None, tiny: bool) -> None:
+    """What the measured process does: it loads, then generates; without a folder it has only imported."""
+    if folder is not None:
         loaded = MODELS[model].from_pretrained(folder).eval()
-        if task == "generate":
-            generate(loaded, prompt(SMALL if tiny else SIZES), 8)
+    print("PEAK", _peak())
+    if folder is not None:
+        generate(loaded, prompt(SMALL if tiny else SIZES), 8)
     print("PEAK", _peak())
 
 
@@ -41,14 +42,15 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(model: str, task: str, folder: Path, tiny: bool) -> int:
-    """Peak bytes of a process that does one task."""
-    code = f"from benchmarks.memory import child; child({model!r}, {task!r}, {str(folder)!r}, {tiny})"
+def measure(model: str, folder: Path | None, tiny: bool) -> dict[str, int]:
+    """Peak bytes of a process that loads, and when it has generated, too."""
+    code = f"from benchmarks.memory import child; child({model!r}, {folder and str(folder)!r}, {tiny})"
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     if run.returncode:
         raise RuntimeError(run.stderr)
-    return int(run.stdout.split("PEAK")[1])
+    loading, generating = map(int, re.findall(r"PEAK (\d+)", run.stdout))
+    return {"loading": loading, "generating": generating}
 
 
 def rows(report: Report, sizes: Sizes, tiny: bool, folder: Path, rounds: int) -> None:
@@ -60,16 +62,15 @@ def rows(report: Report, sizes: Sizes, tiny: bool, folder: Path, rounds: int) ->
     peer.save_pretrained(folder / "apart")
     weights = sum(tensor.nbytes for tensor in ours.state_dict().values())
     del peer, ours
-    nothing = measure("ours", "import", folder, tiny)
+    nothing = measure("ours", None, tiny)["loading"]
     case = f"{sizes}, {weights / 1e9:.2f} GB"
-    for task in ("load", "generate"):
-        peaks: dict[str, list[int]] = {}
-        for _ in range(rounds):
-            for name in ("ours", "stacked", "apart"):
-                model = "ours" if name == "ours" else "peer"
-                peaks.setdefault(name, []).append(measure(model, task, folder / name, tiny) - nothing)
-        peak = {name: statistics.median(values) for name, values in peaks.items()}
-        what = "memory of loading" if task == "load" else "memory of generating"
+    found: dict[str, list[dict[str, int]]] = {"ours": [], "stacked": [], "apart": []}
+    for _ in range(rounds):
+        for name, peaks in found.items():
+            peaks.append(measure("ours" if name == "ours" else "peer", folder / name, tiny))
+    for task in ("loading", "generating"):
+        peak = {name: statistics.median(p[task] for p in peaks) - nothing for name, peaks in found.items()}
+        what = f"memory of {task}"
         report.add(what, case, "the weights' bytes", peak["ours"] / weights, lower_is_better=True)
         for name, label in (("stacked", "stacked experts"), ("apart", "an expert a tensor")):
             report.add(what, case, f"Llava-Mixtral, {label}", peak["ours"] / peak[name], lower_is_better=True)

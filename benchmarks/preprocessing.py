@@ -153,7 +153,7 @@ def video_rows(report: Report, folder: Path, codecs: list[str], seconds: int, ro
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=4)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--seconds", type=float, nargs="+", help="lengths of the sounds")
     parser.add_argument("--video-seconds", type=int, default=60)
     parser.add_argument("--tiny", action="store_true", help="one small image: whether it runs, not how fast")
