@@ -89,3 +89,31 @@ def test_an_exponential_and_a_loop(monkeypatch):
         finally:
             torch.set_num_threads(before)
         torch.testing.assert_close(found, numbers.exp())
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 20, 60])
+def test_defaults_for_new_tensors_do_not_matter(tokens):
+    """Kernels write float32 where they are told to; what PyTorch makes by default may be narrower, or elsewhere."""
+    torch.manual_seed(0)
+    block = UniMoESparseMoeBlock(512, 1024, 4, 2)
+    hidden_states = torch.randn(tokens, 512)
+    with torch.no_grad():
+        expected = block(hidden_states)
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            try:
+                assert torch.equal(block(hidden_states), expected)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            assert torch.equal(block(hidden_states), expected)
+
+
+def test_ids_of_experts_may_be_short_integers():
+    torch.manual_seed(0)
+    block = UniMoESparseMoeBlock(512, 1024, 4, 2)
+    hidden_states = torch.randn(3, 512)
+    with torch.no_grad():
+        _, weights, index = block.gate(hidden_states)
+        found = block.experts(hidden_states, index.int(), weights)
+        torch.testing.assert_close(found, block.experts(hidden_states, index, weights))

@@ -197,7 +197,7 @@ def compiled_experts(
 
     Args:
         x_TC, gate_up_EFC, down_EOI: of one dtype, float32, bfloat16 or float16, on a CPU; F is 2 * I.
-        top_k_index_TK: int64; ids of E and above mark experts held elsewhere.
+        top_k_index_TK: integers; ids of E and above mark experts held elsewhere.
         top_k_weights_TK: float.
 
     Returns:
@@ -218,25 +218,25 @@ def compiled_experts(
         or not (gate_up_EFC.is_contiguous() and down_EOI.is_contiguous())
     ):
         return None
-    x_TC, index_TK, weights_TK = x_TC.float().contiguous(), top_k_index_TK.contiguous(), top_k_weights_TK.float()
-    weights_TK = weights_TK.contiguous()
-    pair_P, token_P = torch.empty(2, tokens * top_k, dtype=torch.int64)
-    starts = torch.zeros(experts + 1, dtype=torch.int64)
-    h_PI, y_PO = torch.empty(tokens * top_k, intermediate), torch.zeros(tokens * top_k, out_width)
-    result_TO = torch.empty(tokens, out_width)
+    x_TC, index_TK = x_TC.float().contiguous(), top_k_index_TK.long().contiguous()
+    weights_TK, pairs = top_k_weights_TK.float().contiguous(), tokens * top_k
+    pair_P, token_P = index_TK.new_empty((2, pairs))
+    starts = index_TK.new_zeros((experts + 1,))
+    h_PI, y_PO = x_TC.new_empty((pairs, intermediate)), x_TC.new_zeros((pairs, out_width))
+    result_TO = x_TC.new_empty((tokens, out_width))
     sort_kernel(unit)(
         index_TK.data_ptr(),
         pair_P.data_ptr(),
         token_P.data_ptr(),
         starts.data_ptr(),
-        tokens * top_k,
+        pairs,
         top_k,
         experts,
         parallel=False,
     )
     # An expert has each token at most once.
     most_rows = min(most_rows, 1 << (tokens - 1).bit_length())
-    parallel = tokens * top_k * intermediate * width >= LEAST_WORK
+    parallel = pairs * intermediate * width >= LEAST_WORK
     first_kernel(dtype, most_rows, unit)(
         x_TC.data_ptr(),
         gate_up_EFC.data_ptr(),

@@ -194,16 +194,16 @@ def compiled_product(x_NC: torch.Tensor, weight_RC: torch.Tensor) -> torch.Tenso
     if rows <= most_few_rows(weight_RC.dtype, unit):
         # There are kernels for powers of two.
         kernel = few_rows_kernel(weight_RC.dtype, 1 << (rows - 1).bit_length(), unit)
-        x_NC, y_NR = x_NC.float().contiguous(), torch.empty(rows, out_width)
+        x_NC, y_NR = x_NC.float().contiguous(), x_NC.new_empty((rows, out_width), dtype=torch.float32)
         kernel(x_NC.data_ptr(), weight_RC.data_ptr(), y_NR.data_ptr(), rows, width, out_width)
         return y_NR.to(weight_RC.dtype)
     vectors = -(-rows // unit.width)
     if weight_RC.dtype != torch.float32 or vectors > unit.registers // 8:
         return None
     lanes = vectors * unit.width
-    x_CL = torch.zeros(width, lanes) if rows < lanes else torch.empty(width, lanes)
+    x_CL = (x_NC.new_zeros if rows < lanes else x_NC.new_empty)((width, lanes))
     x_CL[:, :rows] = x_NC.t()
-    y_RL = torch.empty(out_width, lanes)
+    y_RL = x_NC.new_empty((out_width, lanes))
     # Registers for the sums, a column of x, and a number of W.
     outputs = min(MOST_OUTPUTS, (unit.registers - vectors - 1) // vectors // 2 * 2)
     kernel = some_rows_kernel(vectors, outputs, unit)

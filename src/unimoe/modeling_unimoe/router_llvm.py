@@ -123,8 +123,9 @@ def compiled_router(
     if width % FEW_ROWS_COLUMNS or width != weight_width or not tokens or experts > MOST_EXPERTS:
         return None
     is_mapped = experts > EXPERTS_AT_ONCE and tokens > FEW_TOKENS
-    logits_TE = F.linear(hidden_TH, weight_EH) if is_mapped else torch.empty(tokens, experts)
-    weights_TK, index_TK = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int64)
+    logits_TE = F.linear(hidden_TH, weight_EH) if is_mapped else hidden_TH.new_empty((tokens, experts))
+    weights_TK = hidden_TH.new_empty((tokens, top_k))
+    index_TK = hidden_TH.new_empty((tokens, top_k), dtype=torch.int64)
     is_doubtful = router_kernel(experts, top_k, norm_topk_prob, is_mapped, unit)(
         hidden_TH.data_ptr(),
         weight_EH.data_ptr(),

@@ -284,7 +284,7 @@ def _by_pair(rows: list[torch.Tensor], order: ExpertOrder) -> torch.Tensor:
     """Rows in the order of experts, put into the order of pairs; zero for experts held elsewhere."""
     pairs, present = len(order.pair_P), sum(order.counts)
     place_P = torch.empty_like(order.pair_P)
-    place_P[order.pair_P] = torch.arange(pairs)
+    place_P[order.pair_P] = torch.arange(pairs, device=place_P.device)
     if present < pairs:
         rows = [*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]
         place_P = place_P.clamp(max=present)
