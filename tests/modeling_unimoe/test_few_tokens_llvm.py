@@ -104,6 +104,9 @@ def test_what_it_does_not_take():
     assert compiled_experts(x.bfloat16(), gate_up, down, index, weights) is None, "mixed dtypes"
     assert compiled_experts(x.double(), gate_up.double(), down.double(), index, weights) is None, "other dtypes"
     assert compiled_experts(x, gate_up, down.transpose(1, 2), index, weights) is None, "transposed weights"
+    assert compiled_experts(x, gate_up[:, :-2], down, index, weights) is None, "sizes that do not fit"
+    assert compiled_experts(x[:1], gate_up, down, index, weights) is None, "sizes that do not fit"
+    assert compiled_experts(x, gate_up, down, index, weights[:1]) is None, "sizes that do not fit"
     assert compiled_experts(*make_inputs(2, width=72)) is None, "odd widths"
     assert compiled_experts(*make_inputs(2, intermediate=72)) is None, "odd widths"
 

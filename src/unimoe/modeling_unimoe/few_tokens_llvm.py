@@ -216,6 +216,10 @@ def compiled_experts(
         or intermediate % FEW_ROWS_COLUMNS
         or not 0 < tokens * top_k <= most_rows * experts
         or not (gate_up_EFC.is_contiguous() and down_EOI.is_contiguous())
+        # Sizes that do not fit are PyTorch's to refuse.
+        or gate_up_EFC.shape != (experts, 2 * intermediate, width)
+        or x_TC.shape[0] != tokens
+        or top_k_weights_TK.shape != top_k_index_TK.shape
     ):
         return None
     x_TC, index_TK = x_TC.float().contiguous(), top_k_index_TK.long().contiguous()
