@@ -90,6 +90,8 @@ def test_what_it_does_not_take():
     assert compiled_router(hidden.double(), weight.double(), 2, True) is None, "other dtypes"
     assert compiled_router(hidden.t().contiguous().t(), weight, 2, True) is None, "transposed"
     assert compiled_router(hidden[:0], weight, 2, True) is None, "no tokens"
+    assert compiled_router(hidden[None], weight, 2, True) is None, "more dimensions"
+    assert fused_topk_router(hidden[None], weight, 2)[1].shape == (1, 4, 2)
     assert compiled_router(*make_inputs(4, 8, 100), 2, True) is None, "odd widths"
     assert compiled_router(*make_inputs(4, 200), 2, True) is None, "more experts than registers"
     with torch.autocast("cpu"):

@@ -143,6 +143,7 @@ def compiled_router(
 def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         tensor.dtype is torch.float32
+        and tensor.ndim == 2
         and tensor.is_cpu
         and tensor.is_contiguous()
         and not (tensor.requires_grad and torch.is_grad_enabled())
