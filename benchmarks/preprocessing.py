@@ -7,7 +7,6 @@ against decoding all frames and keeping eight.
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -84,22 +83,8 @@ def sound_rows(report: Report, lengths: list[float], rounds: int) -> None:
         values = [run() for run in runs.values()]
         # The original's chunks lie one sample further apart than they are long.
         assert len(chunks) > 1 or np.array_equal(*values), "the log-mels differ"
-        runs["transform"] = bare_transform(sound, log_mels)
         times = compare(runs, rounds)
         report.add("log-mels", case, "WhisperFeatureExtractor", times["peer"] / times["ours"], SOUND_GOAL)
-        report.add("  limit", case, "WhisperFeatureExtractor", times["peer"] / times["transform"])
-
-
-def bare_transform(sound: np.ndarray, extractor: WhisperFeatureExtractor) -> Callable[[], torch.Tensor]:
-    """What no log-mel can do without: the Fourier transform of each frame that has sound, its power, the mel filters."""
-    frames = torch.from_numpy(sound).unfold(0, extractor.n_fft, extractor.hop_length).contiguous()
-    filters = torch.from_numpy(extractor.mel_filters).float()
-
-    def run() -> torch.Tensor:
-        spectrum = torch.view_as_real(torch.fft.rfft(frames))
-        return spectrum.square().sum(dim=-1) @ filters
-
-    return run
 
 
 def write_video(file: Path, codec: str, seconds: int, width: int = 640, height: int = 360, fps: int = FPS) -> None:
