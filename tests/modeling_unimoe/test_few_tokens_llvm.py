@@ -3,21 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from vector_units import OWN, UNITS
+from vector_units import OWN, each_unit, needs_kernels
 
 from unimoe.modeling_unimoe import few_tokens_llvm
 from unimoe.modeling_unimoe.experts import naive_moe_forward
 from unimoe.modeling_unimoe.few_tokens_llvm import compiled_experts, sort_kernel
 
-pytestmark = pytest.mark.skipif(OWN is None, reason="no kernels are compiled on this processor")
+pytestmark = needs_kernels
+unit = each_unit(few_tokens_llvm)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(params=UNITS)
-def unit(request, monkeypatch):
-    monkeypatch.setattr(few_tokens_llvm, "vector_unit", lambda: UNITS[request.param])
-    return UNITS[request.param]
 
 
 def make_inputs(tokens, experts=4, top_k=2, dtype=torch.float32, width=128, intermediate=192, out_width=128):

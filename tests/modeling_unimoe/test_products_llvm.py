@@ -3,20 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from vector_units import OWN, UNITS
+from vector_units import OWN, each_unit, needs_kernels
 
 from unimoe.modeling_unimoe import products_llvm
 from unimoe.modeling_unimoe.products_llvm import compiled_product
 
-pytestmark = pytest.mark.skipif(OWN is None, reason="no kernels are compiled on this processor")
+pytestmark = needs_kernels
+unit = each_unit(products_llvm)
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(params=UNITS)
-def unit(request, monkeypatch):
-    monkeypatch.setattr(products_llvm, "vector_unit", lambda: UNITS[request.param])
-    return UNITS[request.param]
 
 
 def assert_is_product(y, x, weight):

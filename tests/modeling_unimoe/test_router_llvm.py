@@ -4,19 +4,14 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
-from vector_units import OWN, UNITS
+from vector_units import each_unit, needs_kernels
 
 from unimoe.modeling_unimoe import router_llvm
 from unimoe.modeling_unimoe.router import fused_topk_router, naive_topk_router
 from unimoe.modeling_unimoe.router_llvm import compiled_router
 
-pytestmark = pytest.mark.skipif(OWN is None, reason="no kernels are compiled on this processor")
-
-
-@pytest.fixture(params=UNITS)
-def unit(request, monkeypatch):
-    monkeypatch.setattr(router_llvm, "vector_unit", lambda: UNITS[request.param])
-    return UNITS[request.param]
+pytestmark = needs_kernels
+unit = each_unit(router_llvm)
 
 
 def make_inputs(tokens, experts, width=192):
