@@ -433,3 +433,20 @@ def test_a_second_call_takes_the_layers_that_are_still_dense(sparse_llama, tmp_p
     assert len(sparse_llama(IDS, output_router_logits=True).router_logits) == 3
     sparse_llama.save_pretrained(tmp_path)
     assert torch.equal(load_sparsified(tmp_path)(IDS).logits, sparse_llama(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"capacity_factor": 1.0}, {"residual": True}),
+        ({"capacity_factor": 0.5}, {"eval_capacity_factor": 0.5}),
+        ({"min_capacity": 1}, {"residual": True}),
+    ],
+)
+def test_calls_that_differ_only_in_which_option_they_set_come_back_apart(first, second, tmp_path):
+    model = sparsify(sparsify(llama(), [0], 4, 2, **first), [2], 4, 2, **second)
+    model.save_pretrained(tmp_path)
+    again, info = load_sparsified(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert [again.model.layers[layer].mlp.options for layer in (0, 2)] == [first, second]
+    assert torch.equal(again(IDS).logits, model(IDS).logits)

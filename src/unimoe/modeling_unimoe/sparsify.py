@@ -187,7 +187,8 @@ def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
         router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
         shared = {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
         shared |= layer.mlp.options
-        call = calls.setdefault(tuple(shared.values()), {"layers": [], "num_experts": [], **shared})
+        # With their names: blocks may differ only in which option holds a value.
+        call = calls.setdefault(tuple(shared.items()), {"layers": [], "num_experts": [], **shared})
         call["layers"].append(index)
         call["num_experts"].append(router.num_experts)
     return list(calls.values())
