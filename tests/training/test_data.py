@@ -30,6 +30,14 @@ def test_unreadable_media_are_skipped_and_counted(processor, data_file):
         assert dataset.counts() == {"unreadable": 1, "truncated": 0, "without_answer": 0}
 
 
+def test_it_ends_like_a_list(processor, data_file):
+    dataset = ConversationDataset(data_file([{"conversations": turn("a", str(i))} for i in range(3)]), processor)
+    assert len(list(dataset)) == 3
+    assert torch.equal(dataset[-1].inputs["input_ids"], dataset[2].inputs["input_ids"])
+    with pytest.raises(IndexError, match="record 3 of 3"):
+        dataset[3]
+
+
 def test_unreadable_media_stop_the_run(processor, data_file):
     dataset = ConversationDataset(damaged(data_file), processor, on_unreadable="stop")
     assert dataset[0].num_labels

@@ -6,6 +6,7 @@ import pytest
 from tiny_processor import tiny_processor
 from training_records import RECORDS, turn
 
+import unimoe
 from unimoe.training.records import DataError, mix_type, read_records
 
 
@@ -45,7 +46,34 @@ def test_an_answer_before_the_first_question_is_left_out(processor, data_file):
     assert [message["content"] for message in record.messages] == ["a", "b"]
 
 
+def test_a_line_ends_at_a_line_feed_only(processor, tmp_path):
+    record = {"conversations": turn("a\u2028b\x85c", "d")}
+    file = tmp_path / "data.jsonl"
+    # With the mark that some editors put first, and with their line ends.
+    file.write_bytes(("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n").encode() + b"\r\n")
+    (found,) = read_records(file, processor)
+    assert found.messages[0]["content"] == "a\u2028b\x85c"
+
+
+def test_another_encoding_is_refused_by_the_file_s_name(processor, tmp_path):
+    file = tmp_path / "data.json"
+    file.write_bytes(json.dumps([{"conversations": turn("\u00e9", "x")}], ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(DataError, match=r"data.json: not UTF-8.*save it as UTF-8"):
+        read_records(file, processor)
+
+
+def test_system_turns_are_for_templates_that_know_them(data_file):
+    processor = tiny_processor(("image",))
+    file = data_file([{"conversations": [{"from": "system", "value": "s"}, *turn("a", "b")]}])
+    assert read_records(file, processor)[0].messages[0]["role"] == "system"
+    processor.chat_template = unimoe.UniMoEProcessor.from_pretrained(unimoe.tiny_checkpoint()).chat_template
+    with pytest.raises(DataError, match=r"\[0\] begins with a system turn"):
+        read_records(file, processor)
+
+
 BAD = {
+    "multi_info": ({"multi_info": "x", "conversations": turn("x", "x")}, "'multi_info' must be an object"),
+    "tokens": ({"tokens": "12", "conversations": turn("x", "x")}, "'tokens' must be a whole number"),
     "no dict": ("text", "'conversations' or 'messages'"),
     "no turns": ({"conversations": []}, "not be empty"),
     "role": ({"conversations": [{"from": "robot", "value": "x"}]}, "robot"),

@@ -66,7 +66,14 @@ class ConversationDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The record, decoded; see `on_unreadable`. Raises DataError where none of its mix can be used."""
+        """The record, decoded; see `on_unreadable`.
+
+        Raises:
+            DataError: neither it nor any other record of its mix can be used.
+            IndexError: there is no such record.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         for candidate in self._candidates(index):
             record = self.records[candidate]
             try:

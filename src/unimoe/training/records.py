@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..processing.conversation import read_conversation
 from ..processing.media import check_media
 from ..processing.media_inputs import ARGUMENTS, SOUNDS, is_frames
@@ -75,6 +77,7 @@ def read_records(
     paths = [Path(files)] if isinstance(files, (str, os.PathLike)) else [Path(file) for file in files]
     if not paths:
         raise DataError("no data file is given")
+    takes_system = takes_system_turn(processor)
     records: list[Record] = []
     for path in paths:
         bad: list[tuple[int, str]] = []
@@ -84,7 +87,10 @@ def read_records(
             try:
                 if isinstance(entry, Exception):
                     raise ValueError(f"not valid JSON ({entry})")
-                records.append(_read(entry, f"{path.name}[{index}]", processor, root, check_files))
+                record = _read(entry, f"{path.name}[{index}]", processor, root, check_files)
+                if record.messages[0]["role"] == "system" and not takes_system:
+                    raise ValueError("begins with a system turn, which this model's chat template does not know")
+                records.append(record)
             except (ValueError, TypeError) as error:
                 bad.append((index, " ".join(str(error).split())))
         if bad:
@@ -103,10 +109,15 @@ def mix_type(media: dict[str, list[Any]], towers: Iterable[str]) -> int:
 
 def _load(path: Path) -> list[Any]:
     """The raw records; a line that is no JSON stands there as the error that it gave."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        # A byte order mark, which some editors write, is left out.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     if path.suffix == ".jsonl":
         raw: Any = []
-        for line in filter(str.strip, text.splitlines()):
+        # Not `splitlines`: texts may hold other characters that end a line.
+        for line in filter(str.strip, text.split("\n")):
             try:
                 raw.append(json.loads(line))
             except json.JSONDecodeError as error:
@@ -144,8 +155,29 @@ def _read(entry: Any, name: str, processor: Any, root: Path, check_files: bool) 
         for i, item in enumerate(items):
             if check_files:
                 check_media(item, kind, f"{kind} {i + 1}" if len(items) > 1 else kind)
-    length = entry.get("tokens") or (entry.get("multi_info") or {}).get("tokens")
-    return Record(name, messages, media, length or sum(len(_text(message).split()) for message in messages))
+    words = sum(len(_text(message).split()) for message in messages)
+    return Record(name, messages, media, _given_length(entry) or words)
+
+
+def _given_length(entry: dict[str, Any]) -> int | None:
+    """The number of tokens that a record has with it."""
+    info = entry.get("multi_info") or {}
+    if not isinstance(info, dict):
+        raise ValueError(f"'multi_info' must be an object, found {info!r:.40}")
+    length = entry.get("tokens") or info.get("tokens")
+    if length is not None and not (type(length) is int and length > 0):
+        raise ValueError(f"'tokens' must be a whole number above 0, found {length!r:.40}")
+    return length
+
+
+def takes_system_turn(processor: Any) -> bool:
+    """Whether the chat template has a place for a system turn."""
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    try:
+        processor.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False
+    return True
 
 
 def _read_llava(entry: dict[str, Any], processor: Any, root: Path) -> tuple[list[dict], dict[str, list[Any]]]:
