@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unimoe.modeling_unimoe.capacity import ExpertCapacity, expert_capacity, keep_within_capacity
+from unimoe.modeling_unimoe.configuration_unimoe import UniMoESparsityConfig
 from unimoe.modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
 
 
@@ -66,6 +67,25 @@ def test_block_drops_whatever_runs_its_experts(implementation):
     assert dropping.shape == whole.shape and not torch.allclose(dropping, whole)
     dropping.sum().backward()
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "x", True, [1.0]])
+@pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
+def test_a_factor_without_room_for_a_token_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a positive number"):
+        UniMoESparseMoeBlock(16, 32, 4, 2, **{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "x", True, None])
+def test_a_least_capacity_that_is_no_count_is_refused(value):
+    with pytest.raises(ValueError, match="`min_capacity` must be a whole number"):
+        UniMoESparseMoeBlock(16, 32, 4, 2, capacity_factor=1.0, min_capacity=value)
+
+
+def test_configurations_have_the_same_bounds():
+    for name, value in {"capacity_factor": float("nan"), "eval_capacity_factor": -1, "min_capacity": -1}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            UniMoESparsityConfig(**{name: value})
 
 
 def test_random_selection_needs_one_expert_per_token():

@@ -6,6 +6,8 @@ Shape suffixes: T tokens, E experts, K experts chosen for each token.
 import torch
 import torch.nn.functional as F
 
+from .configuration_unimoe import check_capacities
+
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float, minimum: int = 0) -> int:
     """Tokens that an expert takes: `ceil(T / E * K * factor)`, at least `minimum`; may exceed the number of tokens.
@@ -52,6 +54,9 @@ class ExpertCapacity:
         minimum: the least capacity.
         random_selection: whether chance decides who finds room, in training and evaluation alike, instead of the order.
         norm_topk_prob: whether the weights of a token's choices sum to one, and those that are left shall again.
+
+    Raises:
+        ValueError: a factor or the minimum is out of range; named as the block and the configuration name it.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class ExpertCapacity:
         random_selection: bool = False,
         norm_topk_prob: bool = True,
     ):
+        check_capacities(train_factor, eval_factor, minimum)
         self.num_experts = num_experts
         self.top_k = top_k
         self.train_factor = train_factor

@@ -4,7 +4,7 @@ A family of checkpoints is a setting of these classes, never a class of its own.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -38,7 +38,8 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
         layers: `"all"`, `"even"` (0, 2, ...), `"odd"`, `"first_half"`, `"second_half"`, or layer indices.
 
     Raises:
-        ValueError: An unknown pattern, an index that the stack lacks or that stands there twice, or no layer at all.
+        ValueError: Neither a known pattern nor a list, an index that the stack lacks or that stands there twice, or no layer at
+            all.
     """
     patterns = {
         "all": range(num_layers),
@@ -47,20 +48,32 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
         "first_half": range(num_layers // 2),
         "second_half": range(num_layers // 2, num_layers),
     }
-    if isinstance(layers, str):
-        if layers not in patterns:
-            raise ValueError(f"`layers` must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
-        chosen = list(patterns[layers])
-    else:
-        chosen = list(layers)
-        for index in chosen:
-            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
-                raise ValueError(f"`layers` holds {index!r}, but the stack has the layers 0 to {num_layers - 1}")
-        if len(set(chosen)) != len(chosen):
-            raise ValueError(f"`layers` holds an index twice: {chosen}")
+    if not isinstance(layers, Iterable) or (isinstance(layers, str) and layers not in patterns):
+        raise ValueError(f"`layers` must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
+    chosen = list(patterns[layers] if isinstance(layers, str) else layers)
+    for index in chosen:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
+            raise ValueError(f"`layers` holds {index!r}, but the stack has the layers 0 to {num_layers - 1}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"`layers` holds an index twice: {chosen}")
     if not chosen:
         raise ValueError(f"`layers`={layers!r} chooses none of {num_layers} layers")
     return chosen
+
+
+def check_capacities(capacity_factor: Any, eval_capacity_factor: Any, min_capacity: Any) -> None:
+    """Refuses capacities that would leave experts without any token.
+
+    Raises:
+        ValueError: A factor is neither None nor a positive number, or the least capacity no whole number from 0 on.
+    """
+    for name, factor in {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}.items():
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        # Asked for like this, since no comparison with NaN holds.
+        if factor is not None and not (is_number and factor > 0):
+            raise ValueError(f"`{name}` must be a positive number, or None for no limit, got {factor!r}")
+    if not isinstance(min_capacity, int) or isinstance(min_capacity, bool) or min_capacity < 0:
+        raise ValueError(f"`min_capacity` must be a whole number that is not negative, got {min_capacity!r}")
 
 
 @strict
@@ -145,11 +158,7 @@ class UniMoESparsityConfig(PreTrainedConfig):
             raise ValueError(f"`router_dtype` must be None or 'float32', got {self.router_dtype!r}")
         if self.router_noise not in (None, "gumbel", "gumbel_choice"):
             raise ValueError(f"`router_noise` must be None, 'gumbel' or 'gumbel_choice', got {self.router_noise!r}")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive or None, got {getattr(self, name)}")
-        if self.min_capacity < 0:
-            raise ValueError(f"`min_capacity` must not be negative, got {self.min_capacity}")
+        check_capacities(self.capacity_factor, self.eval_capacity_factor, self.min_capacity)
         if self.random_token_selection and self.top_k != 1:
             raise ValueError(f"`random_token_selection` needs `top_k`=1, got {self.top_k}")
         for name in ("aux_loss", "z_loss", "modality_loss", "divergence_loss"):
