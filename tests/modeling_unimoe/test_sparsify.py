@@ -390,7 +390,14 @@ def test_layer_rules(layers, expected):
         ({"num_experts": [4, 4, 4, "8"]}, "num_experts"),
         ({"num_experts": [4, 4, 1, 4]}, "top_k"),
         ({"top_k": 5}, "top_k"),
+        ({"top_k": 2.0}, "top_k"),
         ({"router_dtype": "float31"}, "router_dtype"),
+        ({"layers": 2}, "layers. must be one of .* or a list of indices, got 2"),
+        ({"layers": None}, "layers. must be one of .* or a list of indices, got None"),
+        ({"num_experts": 4.0}, "num_experts must be a positive integer or one per chosen layer, got 4.0"),
+        ({"num_experts": "4"}, "num_experts must be a positive integer or one per chosen layer, got '4'"),
+        ({"eval_capacity_factor": -1.0}, "`eval_capacity_factor` must be a positive number"),
+        ({"random_token_selection": True}, "random_token_selection"),
     ],
 )
 def test_bad_arguments_are_named_and_change_nothing(arguments, words):

@@ -145,6 +145,32 @@ class UniMoESparseMoeBlock(nn.Module):
         return {name: value for name, value in values.items() if value not in (None, False, 0)}
 
     @classmethod
+    def on_meta(cls, dense: "DenseMlp", num_experts: int, top_k: int, **options: Any) -> "UniMoESparseMoeBlock":
+        """The block that `from_dense` would fill, without memory; it refuses the same arguments, so it also serves as a check.
+
+        Args:
+            dense: whose shapes and activation the experts get.
+            num_experts: E.
+            top_k: experts per token.
+            options: the class's other arguments that `dense` does not tell.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        with torch.device("meta"):
+            return cls(
+                dense.first[0].in_features,
+                dense.first[0].out_features,
+                num_experts,
+                top_k,
+                hidden_act=copy.deepcopy(dense.act_fn),
+                gated=len(dense.first) == 2,
+                bias=dense.has_bias,
+                output_size=dense.down.out_features,
+                **options,
+            )
+
+    @classmethod
     def from_dense(
         cls,
         mlp: nn.Module,
@@ -180,22 +206,9 @@ class UniMoESparseMoeBlock(nn.Module):
         """
         dense = DenseMlp.read(mlp)
         std = initializer_std(config) if router_init_std is None else router_init_std
+        options |= {"norm_topk_prob": norm_topk_prob, "router_dtype": router_dtype, "config": config}
         # Made on meta first: the experts' memory is filled once, with the copies.
-        with torch.device("meta"):
-            block = cls(
-                dense.first[0].in_features,
-                dense.first[0].out_features,
-                num_experts,
-                top_k,
-                hidden_act=copy.deepcopy(dense.act_fn),
-                gated=len(dense.first) == 2,
-                bias=dense.has_bias,
-                output_size=dense.down.out_features,
-                norm_topk_prob=norm_topk_prob,
-                router_dtype=router_dtype,
-                config=config,
-                **options,
-            )
+        block = cls.on_meta(dense, num_experts, top_k, **options)
         weight = dense.down.weight
         block = block.to(weight.dtype).to_empty(device=weight.device)
         for module in block.modules():

@@ -7,7 +7,7 @@ layers, gets a subclass of its own class that answers for the sparse blocks too.
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import (
 )
 
 from .configuration_unimoe import resolve_layers
-from .router import UniMoETopKRouter, resolve_router_dtype
+from .router import UniMoETopKRouter
 from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
 
@@ -68,7 +68,47 @@ def sparsify(
 
     Raises:
         TypeError: `model` is no Transformers model, or a chosen FFN is of an unknown kind, quantised or sparse.
-        ValueError: `layers`, `num_experts` or `top_k` do not fit the model, it has no such layers, or several stacks.
+        ValueError: an argument is out of range or does not fit the model, or the model has no such layers or several stacks.
+    """
+    options |= {"norm_topk_prob": norm_topk_prob, "router_dtype": router_dtype}
+    stack_name, counts = plan_sparsify(model, layers, num_experts, top_k, **options)
+    stack = model.get_submodule(stack_name)
+    chain = _chain(model, stack_name)
+    owner = chain[-1][1]
+    for index, count in counts.items():
+        # One layer at a time, so that dense and sparse weights of the whole model never lie side by side.
+        stack[index].mlp = UniMoESparseMoeBlock.from_dense(
+            stack[index].mlp, count, top_k, copy_weights=copy_weights, config=owner.config, **options
+        )
+    if getattr(owner, "_output_capturing_hooks_installed", False):
+        # Transformers installs its hooks once, at the first request; these routers came after it.
+        for index in counts:
+            install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
+    for prefix, part in chain:
+        _become_sparse(part, records=part is owner)
+        _extend_parallel_plans(part, stack_name.removeprefix(prefix).lstrip("."), stack[next(iter(counts))].mlp)
+    # The dense class could only ever be "eager", so that is taken for no choice at all.
+    chosen = owner.config._experts_implementation
+    owner.config._experts_implementation_internal = owner.get_correct_experts_implementation(
+        None if chosen == "eager" else chosen
+    )
+    return model
+
+
+def plan_sparsify(
+    model: PreTrainedModel,
+    layers: str | Sequence[int],
+    num_experts: int | Sequence[int],
+    top_k: int,
+    **options: Any,
+) -> tuple[str, dict[int, int]]:
+    """What `sparsify` would do with these arguments; the model is left as it is.
+
+    Returns:
+        The name of the stack of layers, and the number of experts of each chosen layer.
+
+    Raises:
+        TypeError, ValueError: as `sparsify`, for all that it refuses.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
@@ -76,49 +116,25 @@ def sparsify(
         raise TypeError(f"{type(model).__name__} is quantised; make it sparse before quantising it")
     stack_name = _find_layers(model)
     stack = model.get_submodule(stack_name)
-    indices = resolve_layers(layers, len(stack))
-    counts = [num_experts] * len(indices) if isinstance(num_experts, int) else list(num_experts)
-    if len(counts) != len(indices):
-        raise ValueError(f"num_experts has {len(counts)} entries for {len(indices)} chosen layers {indices}")
-    for count in counts:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"num_experts must be a positive integer or one per chosen layer, got {num_experts!r}")
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= count:
-            raise ValueError(f"top_k must lie between 1 and num_experts={count}, got {top_k!r}")
-    resolve_router_dtype(router_dtype)
-    for index in indices:
+    counts = _experts_by_layer(resolve_layers(layers, len(stack)), num_experts)
+    for index, count in counts.items():
         try:
-            DenseMlp.read(stack[index].mlp)
+            dense = DenseMlp.read(stack[index].mlp)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index} of {type(model).__name__}: {error}") from None
+        UniMoESparseMoeBlock.on_meta(dense, count, top_k, **options)
+    return stack_name, counts
 
-    chain = _chain(model, stack_name)
-    owner = chain[-1][1]
-    for index, count in zip(indices, counts):
-        # One layer at a time, so that dense and sparse weights of the whole model never lie side by side.
-        stack[index].mlp = UniMoESparseMoeBlock.from_dense(
-            stack[index].mlp,
-            count,
-            top_k,
-            norm_topk_prob=norm_topk_prob,
-            router_dtype=router_dtype,
-            copy_weights=copy_weights,
-            config=owner.config,
-            **options,
-        )
-    if getattr(owner, "_output_capturing_hooks_installed", False):
-        # Transformers installs its hooks once, at the first request; these routers came after it.
-        for index in indices:
-            install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
-    for prefix, part in chain:
-        _become_sparse(part, records=part is owner)
-        _extend_parallel_plans(part, stack_name.removeprefix(prefix).lstrip("."), stack[indices[0]].mlp)
-    # The dense class could only ever be "eager", so that is taken for no choice at all.
-    chosen = owner.config._experts_implementation
-    owner.config._experts_implementation_internal = owner.get_correct_experts_implementation(
-        None if chosen == "eager" else chosen
-    )
-    return model
+
+def _experts_by_layer(indices: list[int], num_experts: int | Sequence[int]) -> dict[int, int]:
+    if isinstance(num_experts, int):
+        return dict.fromkeys(indices, num_experts)
+    if isinstance(num_experts, str) or not isinstance(num_experts, Iterable):
+        raise ValueError(f"num_experts must be a positive integer or one per chosen layer, got {num_experts!r}")
+    counts = list(num_experts)
+    if len(counts) != len(indices):
+        raise ValueError(f"num_experts has {len(counts)} entries for {len(indices)} chosen layers {indices}")
+    return dict(zip(indices, counts))
 
 
 def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
