@@ -123,6 +123,43 @@ def test_prompts_with_media(pipe):
     assert together[1:] == alone
 
 
+REQUESTS_OF_SEVERAL_TEXTS = [
+    {"text": ["<image> what is", "the <image>"], "images": [image(0), image(1)]},
+    {"text": "<speech> is it", "speech": (sound(), RATE)},
+    ["the", "is the USER", "what"],
+    {"text": ["<video> is", "it <video><audio>"], "videos": [frames(3), frames(1)], "audio": (sound(), RATE)},
+    "USER what",
+]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 8])
+def test_requests_of_several_texts_keep_their_answers_in_batches(pipe, batch_size):
+    alone = [pipe(request, return_full_text=False) for request in REQUESTS_OF_SEVERAL_TEXTS[:2]]
+    alone.append([pipe(text, return_full_text=False)[0] for text in REQUESTS_OF_SEVERAL_TEXTS[2]])
+    alone += [pipe(request, return_full_text=False) for request in REQUESTS_OF_SEVERAL_TEXTS[3:]]
+    assert [len(records) for records in alone] == [2, 1, 3, 2, 1]
+    assert pipe(REQUESTS_OF_SEVERAL_TEXTS, batch_size=batch_size, return_full_text=False) == alone
+    streamed = pipe((request for request in REQUESTS_OF_SEVERAL_TEXTS), batch_size=batch_size, return_full_text=False)
+    assert list(streamed) == alone
+
+
+def test_requests_of_several_texts_with_several_answers_each(pipe):
+    options = dict(num_beams=3, num_return_sequences=2, return_full_text=False)
+    requests = REQUESTS_OF_SEVERAL_TEXTS[:3]
+    alone = pipe(requests, **options)
+    assert [len(records) for records in alone] == [4, 2, 6]
+    texts = requests[0]["text"]
+    assert [record["input_text"] for record in alone[0]] == [texts[0], texts[0], texts[1], texts[1]]
+    assert pipe(requests, batch_size=3, **options) == alone
+
+
+def test_tuples_of_prompts_are_as_lists(pipe):
+    listed = pipe([["the", "is"], ["what"]])
+    assert pipe([("the", "is"), ("what",)]) == listed
+    assert pipe((["the", "is"], ["what"]), batch_size=2) == listed
+    assert pipe(("the", "is")) == pipe(["the", "is"])
+
+
 def test_datasets_and_generators(pipe):
     expected = [pipe(messages) for messages in CHATS[:3]]
     assert list(pipe(messages for messages in CHATS[:3])) == expected

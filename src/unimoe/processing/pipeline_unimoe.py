@@ -11,6 +11,8 @@ from transformers.pipelines.base import Pipeline, no_collate_fn
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .pipeline_batches import join_requests, split_answers
+
 MEDIA_ARGUMENTS = ("images", "videos", "audio", "speech")
 _SINGULAR = {"image": "images", "video": "videos"}
 # Arguments of `generate` that no generation config has.
@@ -25,8 +27,6 @@ _GENERATE_ARGUMENTS = frozenset(
     }
     | {name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "max_length"}
 )
-# Inputs that say where a sequence is real; the other inputs along the sequence are padded with 0 too.
-_SEQUENCE_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 class ReturnType(enum.Enum):
@@ -148,6 +148,9 @@ class AnyToTextPipeline(Pipeline):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "sampling_rate": sampling_rate}
         if text is None:
             raise ValueError("text= is missing: give a chat or a prompt with one placeholder per item.")
+        if isinstance(text, tuple):
+            # To Transformers only a list is a list of inputs.
+            text = list(text)
         if not media:
             return super().__call__(_as_chats(text), **kwargs)
         if not _is_prompt(text):
@@ -196,7 +199,7 @@ class AnyToTextPipeline(Pipeline):
         else:
             options = {"padding": True, "padding_side": "left", **kwargs, **processor_kwargs}
             features = self.processor(text=prompt, return_tensors="pt", **options)
-        return {"features": features, "prompt": prompt if isinstance(prompt, list) else [prompt]}
+        return {"features": features, "prompts": [list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]]}
 
     def get_iterator(
         self,
@@ -220,37 +223,16 @@ class AnyToTextPipeline(Pipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _collate(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join requests of one row each: sequences padded on the left, media one behind the other."""
-        features = [request["features"] for request in requests]
-        batch = {}
-        for name in dict.fromkeys(name for one in features for name in one):
-            tensors = [one[name] for one in features if name in one]
-            if name in _SEQUENCE_INPUTS:
-                value = self.processor.tokenizer.pad_token_id if name == "input_ids" else 0
-                if value is None:
-                    raise ValueError("the tokenizer has no pad token, which a batch_size above 1 needs; set one.")
-                width = max(tensor.shape[1] for tensor in tensors)
-                tensors = [
-                    torch.nn.functional.pad(tensor, (width - tensor.shape[1], 0), value=value) for tensor in tensors
-                ]
-                batch[name] = torch.cat(tensors)
-            elif name == "pixel_values_videos":
-                batch.update(_join_videos(features))
-            elif name != "video_frame_mask":
-                batch[name] = torch.cat(tensors)
-        return {"features": batch, "prompt": [prompt for request in requests for prompt in request["prompt"]]}
+        return join_requests(requests, self.processor.tokenizer.pad_token_id)
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         features = BatchFeature(dict(model_inputs["features"])).to(dtype=self.dtype)
         features.pop("mm_token_type_ids", None)
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
         sequences = self.model.generate(**features, **generate_kwargs)
-        rows, width = features["input_ids"].shape
-        return {
-            "sequences": sequences.reshape(rows, -1, sequences.shape[-1]),
-            "input_ids": features["input_ids"],
-            "prompt": model_inputs["prompt"],
-        }
+        # One entry per request: Transformers takes the outputs of a batch apart by their first dimension, and a request
+        # of several texts has several rows.
+        return {"answers": split_answers(model_inputs["prompts"], features["input_ids"], sequences)}
 
     def postprocess(
         self,
@@ -260,13 +242,14 @@ class AnyToTextPipeline(Pipeline):
         skip_special_tokens: bool = True,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[dict[str, Any]]:
-        prompts = model_outputs["prompt"]
-        prompts = prompts if isinstance(prompts, list) else [prompts]
+        answers = model_outputs["answers"]
+        # Of a batch, the answers of one request come here; without one, they still are a list of a single entry.
+        answers = answers[0] if isinstance(answers, list) else answers
         options = {"skip_special_tokens": skip_special_tokens}
         if clean_up_tokenization_spaces is not None:
             options["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
         records = []
-        for prompt, input_ids, sequences in zip(prompts, model_outputs["input_ids"], model_outputs["sequences"]):
+        for prompt, input_ids, sequences in zip(answers["prompts"], answers["input_ids"], answers["sequences"]):
             for sequence in sequences:
                 record = {"input_text": prompt.messages if isinstance(prompt, Chat) else prompt}
                 if return_type == ReturnType.TENSORS:
@@ -308,25 +291,6 @@ def _answer(prompt: Any, new: str, return_type: ReturnType, continue_final_messa
         at = max(i for i, block in enumerate(content) if block.get("type") == "text")
         content = [*content[:at], {**content[at], "text": content[at]["text"] + new}, *content[at + 1 :]]
     return [*messages[:-1], {**last, "content": content}]
-
-
-def _join_videos(features: list[Any]) -> dict[str, torch.Tensor]:
-    """Videos of several requests one behind the other, padded with zero frames to the longest."""
-    videos = [one["pixel_values_videos"] for one in features if "pixel_values_videos" in one]
-    masks = [
-        one.get("video_frame_mask", torch.ones(one["pixel_values_videos"].shape[:2], dtype=torch.int64))
-        for one in features
-        if "pixel_values_videos" in one
-    ]
-    width = max(video.shape[1] for video in videos)
-    pad = torch.nn.functional.pad
-    pixels = torch.cat([pad(video, (0, 0) * 3 + (0, width - video.shape[1])) for video in videos])
-    mask = torch.cat([pad(mask, (0, width - mask.shape[1])) for mask in masks])
-    return (
-        {"pixel_values_videos": pixels}
-        if bool(mask.all())
-        else {"pixel_values_videos": pixels, "video_frame_mask": mask}
-    )
 
 
 def _as_chats(inputs: Any) -> Any:
