@@ -190,6 +190,41 @@ def test_continued_answer(pipe):
     assert messages[-1]["content"] == "the dog"
 
 
+def test_generation_prompt(pipe):
+    messages = CHATS[0]
+    assert pipe(messages, add_generation_prompt=True) == pipe(messages)
+    inputs = pipe.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    ids = pipe.model.generate(**inputs, max_new_tokens=NEW)[0]
+    without = pipe(messages, add_generation_prompt=False, return_tensors=True)[0]["generated_token_ids"]
+    assert torch.equal(without, ids) and len(ids) < len(expected_ids(pipe, messages))
+
+    answered = chat("what is", answer="the dog")
+    assert pipe(answered, add_generation_prompt=False) == pipe(answered), "goes on with the answer"
+    assert pipe(answered, add_generation_prompt=True) == pipe(answered, continue_final_message=False)
+    with pytest.raises(ValueError, match="exclude each other"):
+        pipe(answered, add_generation_prompt=True, continue_final_message=True)
+
+
+@pytest.mark.parametrize("text", [CHATS[1], "is the USER"])
+def test_options_that_the_pipeline_sets_itself(pipe, text):
+    expected = pipe(text)
+    assert pipe(text, tokenize=True, return_dict=True, return_assistant_tokens_mask=False) == expected
+    assert pipe(text, processor_kwargs={"return_tensors": "pt"}, return_tensors=False) == expected
+    ids = pipe(text, return_tensors=True)[0]["generated_token_ids"]
+    assert torch.equal(pipe(text, return_tensors="pt")[0]["generated_token_ids"], ids)
+    refused = [
+        {"tokenize": False},
+        {"return_dict": False},
+        {"return_assistant_tokens_mask": True},
+        {"return_tensors": "np"},
+        {"processor_kwargs": {"return_tensors": "np"}},
+    ]
+    for options in refused:
+        (name,) = options.get("processor_kwargs", options)
+        with pytest.raises(ValueError, match=f"{name}=.*(leave it out|use True)"):
+            pipe(text, **options)
+
+
 def test_streamer(pipe):
     for how in ("direct", "generate_kwargs"):
         streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -222,6 +257,7 @@ def test_processor_options(pipe):
     [
         ({}, "text= is missing"),
         ({"text": CHATS[1], "images": image()}, "images= go with a prompt"),
+        ({"text": "the", "add_generation_prompt": True}, "add_generation_prompt= goes with a chat"),
         ({"text": {"text": "the", "picture": image()}}, "unknown key 'picture'"),
         ({"text": "the", "max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 3}}, "max_new_tokens: given both"),
         ({"text": "the", "return_full_text": True, "return_tensors": True}, "exclude each other"),

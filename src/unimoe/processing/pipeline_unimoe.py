@@ -27,6 +27,8 @@ _GENERATE_ARGUMENTS = frozenset(
     }
     | {name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "max_length"}
 )
+# What the pipeline asks of the chat template, since the model needs it so.
+_TEMPLATE_OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": False}
 
 
 class ReturnType(enum.Enum):
@@ -66,8 +68,9 @@ class AnyToTextPipeline(Pipeline):
         generate_kwargs: dict[str, Any] | None = None,
         stop_sequence: str | list[str] | None = None,
         return_full_text: bool | None = None,
-        return_tensors: bool | None = None,
+        return_tensors: bool | str | None = None,
         return_type: ReturnType | None = None,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         skip_special_tokens: bool | None = None,
         clean_up_tokenization_spaces: bool | None = None,
@@ -89,6 +92,9 @@ class AnyToTextPipeline(Pipeline):
         if stop_sequence is not None:
             generate["stop_strings"] = [stop_sequence] if isinstance(stop_sequence, str) else list(stop_sequence)
             generate["tokenizer"] = self.processor.tokenizer
+        _take_fixed(kwargs, _TEMPLATE_OPTIONS)
+        if return_tensors not in (None, True, False, "pt"):
+            raise ValueError(f"return_tensors={return_tensors!r}: use True, which gives token ids as PyTorch tensors.")
         if return_full_text is not None and return_tensors:
             raise ValueError("return_full_text and return_tensors exclude each other.")
         if return_type is None and return_tensors:
@@ -99,7 +105,13 @@ class AnyToTextPipeline(Pipeline):
         preprocess = dict(kwargs)
         postprocess: dict[str, Any] = {}
         if processor_kwargs is not None:
-            preprocess["processor_kwargs"] = processor_kwargs
+            preprocess["processor_kwargs"] = processor_kwargs = dict(processor_kwargs)
+            _take_fixed(processor_kwargs, {"return_tensors": "pt"}, "processor_kwargs: ")
+        if add_generation_prompt is not None:
+            preprocess["add_generation_prompt"] = add_generation_prompt
+            if add_generation_prompt and continue_final_message is None:
+                # A new answer is asked for, also behind an assistant's message.
+                continue_final_message = False
         if continue_final_message is not None:
             preprocess["continue_final_message"] = continue_final_message
             postprocess["continue_final_message"] = continue_final_message
@@ -134,6 +146,7 @@ class AnyToTextPipeline(Pipeline):
                 answer as its last message; False only what is new.
             return_tensors: give `generated_token_ids` instead of a text.
             continue_final_message: go on with the last message of a chat; by default where that is an assistant's.
+            add_generation_prompt: end a chat with what opens the answer; by default where no message is continued.
             batch_size: how many inputs of a list, dataset or generator go through the model at a time: 1 by default,
                 for prompts with media all.
             processor_kwargs and others: for the processor.
@@ -168,6 +181,7 @@ class AnyToTextPipeline(Pipeline):
     def preprocess(
         self,
         inputs: Any,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -186,9 +200,11 @@ class AnyToTextPipeline(Pipeline):
         if isinstance(prompt, Chat):
             if continue_final_message is None:
                 continue_final_message = prompt.messages[-1]["role"] == "assistant"
+            if add_generation_prompt is None:
+                add_generation_prompt = not continue_final_message
             features = self.processor.apply_chat_template(
                 prompt.messages,
-                add_generation_prompt=not continue_final_message,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=True,
                 return_dict=True,
@@ -197,6 +213,10 @@ class AnyToTextPipeline(Pipeline):
                 **kwargs,
             )
         else:
+            if add_generation_prompt is not None:
+                raise ValueError(
+                    "add_generation_prompt= goes with a chat (a list of messages); a prompt is used as it is given."
+                )
             options = {"padding": True, "padding_side": "left", **kwargs, **processor_kwargs}
             features = self.processor(text=prompt, return_tensors="pt", **options)
         return {"features": features, "prompts": [list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]]}
@@ -267,6 +287,17 @@ class AnyToTextPipeline(Pipeline):
         if whole.startswith(before):
             return whole[len(before) :]
         return tokenizer.decode(sequence[len(input_ids) :], **options)
+
+
+def _take_fixed(options: dict[str, Any], fixed: dict[str, Any], where: str = "") -> None:
+    """Takes out of `options` what the pipeline itself passes on. Raises ValueError for a value other than its own."""
+    for name, value in fixed.items():
+        given = options.pop(name, None)
+        if given is not None and given != value:
+            raise ValueError(
+                f"{where}{name}={given!r}: the pipeline needs {name}={value!r}, so leave it out; "
+                "for other outputs of the processor call pipe.processor itself."
+            )
 
 
 def _answer(prompt: Any, new: str, return_type: ReturnType, continue_final_message: bool | None) -> Any:
