@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_config, tiny_text_config
 from transformers import AutoModelForMultimodalLM, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from unimoe import UniMoEForConditionalGeneration, load_sparsified, sparsify, upcycle
+from unimoe import UniMoEForConditionalGeneration, UniMoESparsityConfig, load_sparsified, sparsify, upcycle
 from unimoe.cli import main
 
 COUNTS = {"num_experts": 3, "top_k": 2}
@@ -143,6 +143,16 @@ def test_command_with_experts_of_their_own(tmp_path, capsys):
         ({}, "name a part"),
         ({"text": {"num_experts": 4, "norm_topk_prob": False}}, "norm_topk_prob"),
         ({"text": {"layers": [9]}}, "9"),
+        (
+            {"text": {"num_expert": 8, "router_aux_loss_coeff": 0.5}},
+            "text: .* num_expert, router_aux_loss_coeff; known are .*num_experts",
+        ),
+        ({"vision": {1: 2}}, "vision: unknown fields 1;"),
+        ({"text": "all"}, "text must be a UniMoESparsityConfig or a mapping .* got 'all'"),
+        ({"vision": [1]}, r"vision must be a UniMoESparsityConfig or a mapping .* got \[1\]"),
+        ({"connector": SiglipVisionConfig()}, "connector must be a UniMoESparsityConfig"),
+        ({"text": {"num_experts": "8"}}, "text: .*'num_experts' expected int, got str"),
+        ({"text": {"top_k": 9}}, "text: `top_k`"),
     ],
 )
 def test_refusals(arguments, words):
@@ -150,6 +160,40 @@ def test_refusals(arguments, words):
     with pytest.raises(ValueError, match=words):
         upcycle(model, **arguments)
     assert model.config.text_sparsity is None
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"vision": {"layers": [7]}}, "vision: .*holds 7"),
+        ({"connector": {"num_experts": [4, 4]}}, "connector: num_experts must be a positive integer"),
+        ({"vision": {"layers": "all", "num_experts": [4]}}, "vision: num_experts has 1 entries"),
+    ],
+)
+def test_a_part_that_is_refused_leaves_the_others_dense(bad, words):
+    """So that the corrected call is not told that they are sparse already."""
+    model = dense_model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=words):
+        upcycle(model, text={}, **bad)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    upcycle(model, text={}, **dict.fromkeys(bad, COUNTS))
+
+
+def test_a_quantised_part_is_refused_before_any_other_is_changed():
+    model = dense_model()
+    layer = model.model.vision_tower.encoder.layers[1]
+    layer.mlp.fc1 = type("Linear8bitLt", (torch.nn.Linear,), {})(8, 8)
+    with pytest.raises(ValueError, match="vision: layer 1 .*Linear8bitLt"):
+        upcycle(model, text={}, vision={})
+    assert model.config.text_sparsity is None
+
+
+def test_the_settings_of_another_model_serve_as_they_were_saved():
+    saved = UniMoESparsityConfig(layers="odd", num_experts=3, eval_capacity_factor=2.0)
+    for settings in (saved, saved.to_dict()):
+        block = upcycle(dense_model(), text=settings).model.language_model.layers[1].mlp
+        assert block.gate.num_experts == 3 and block.options == {"eval_capacity_factor": 2.0}
 
 
 def test_a_sparse_part_is_refused():

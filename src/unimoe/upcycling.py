@@ -4,19 +4,21 @@ CuMo calls it co-upcycling when decoder, vision encoder and connector are upcycl
 checkpoints, as Uni-MoE has them, are in `unimoe.training.upcycling`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_unimoe.configuration_unimoe import UniMoESparsityConfig
 from .modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
 from .modeling_unimoe.router import UniMoETopKRouter
-from .modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
-from .modeling_unimoe.sparsify import sparsify
+from .modeling_unimoe.sparse_moe import DenseMlp, UniMoESparseMoeBlock
+from .modeling_unimoe.sparsify import plan_sparsify, sparsify
 
-Sparsity = PreTrainedConfig | dict[str, Any]
+Sparsity = PreTrainedConfig | Mapping[str, Any]
 
 
 def upcycle(
@@ -29,7 +31,8 @@ def upcycle(
 ) -> UniMoEForConditionalGeneration:
     """Makes parts of a dense model sparse, in place; what it computes stays the same until it is trained.
 
-    `model.save_pretrained` then writes a folder that loads like any other.
+    Nothing is changed unless all of the named parts can be. `model.save_pretrained` then writes a folder that loads like any
+    other.
 
     Args:
         model: A model in which the named parts are dense.
@@ -42,15 +45,17 @@ def upcycle(
         `model` itself.
 
     Raises:
-        ValueError: No part is named, the model lacks it, it is sparse already or cannot be made so, or its weights would no
-            longer sum to one (`norm_topk_prob`), so that copies would compute something else.
+        ValueError: No part is named, its settings are none, have an unknown field or one out of range, the model lacks the
+            part, it is sparse already or cannot be made so, or its weights would no longer sum to one (`norm_topk_prob`), so
+            that copies would compute something else.
     """
     wanted = {"text": text, "vision": vision, "connector": connector}
     settings = {name: _read(name, value) for name, value in wanted.items() if value is not None}
     if not settings:
         raise ValueError("name a part to upcycle: text, vision or connector")
-    for name in settings:
+    for name, sparsity in settings.items():
         _check_dense(model, name)
+        _check_fits(model, name, sparsity)
     devices = list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -60,7 +65,15 @@ def upcycle(
 
 
 def _read(name: str, value: Sparsity) -> PreTrainedConfig:
-    sparsity = UniMoESparsityConfig(**value) if isinstance(value, dict) else value
+    if isinstance(value, Mapping):
+        sparsity = _from_fields(name, value)
+    elif isinstance(value, PreTrainedConfig) and value.model_type == UniMoESparsityConfig.model_type:
+        sparsity = value
+    else:
+        raise ValueError(
+            f"{name} must be a UniMoESparsityConfig or a mapping of its fields such as {{'num_experts': 4, 'top_k': 2}}, "
+            f"got {value!r}"
+        )
     if not sparsity.norm_topk_prob and not sparsity.residual:
         raise ValueError(
             f"{name}: `norm_topk_prob` must be True, else equal experts do not compute what the FFN computed"
@@ -68,6 +81,19 @@ def _read(name: str, value: Sparsity) -> PreTrainedConfig:
     if sparsity.router_modality_maps:
         raise ValueError(f"{name}: `router_modality_maps` have no dense counterpart; leave them out")
     return sparsity
+
+
+def _from_fields(name: str, fields: Mapping[str, Any]) -> UniMoESparsityConfig:
+    # A saved configuration also holds the fields that every configuration has; they are no mistake.
+    unknown = sorted(map(str, fields.keys() - UniMoESparsityConfig().to_dict().keys()))
+    if unknown:
+        known = ", ".join(UniMoESparsityConfig.__annotations__)
+        raise ValueError(f"{name}: unknown fields {', '.join(unknown)}; known are {known}")
+    try:
+        return UniMoESparsityConfig(**fields)
+    except (StrictDataclassError, ValueError) as error:
+        # A value of a wrong type is no ValueError there, and told in several lines.
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
 
 
 def _check_dense(model: UniMoEForConditionalGeneration, name: str) -> None:
@@ -89,21 +115,37 @@ def _check_dense(model: UniMoEForConditionalGeneration, name: str) -> None:
         raise ValueError(f"{name}: this part is sparse already; give a dense checkpoint")
 
 
+def _check_fits(model: UniMoEForConditionalGeneration, name: str, sparsity: PreTrainedConfig) -> None:
+    """Raises ValueError for all that `_upcycle_part` would refuse."""
+    counts = (sparsity.num_experts, sparsity.top_k)
+    try:
+        if name == "connector":
+            UniMoESparseMoeBlock.on_meta(DenseMlp.read(_connector_mlp(model)), *counts, **sparsity.block_options)
+        else:
+            plan_sparsify(_backbone(model, name), sparsity.layers, *counts, **sparsity.block_options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _backbone(model: UniMoEForConditionalGeneration, name: str) -> PreTrainedModel:
+    return model.model.language_model if name == "text" else model.model.vision_tower
+
+
+def _connector_mlp(model: UniMoEForConditionalGeneration) -> nn.Module:
+    mlp = model.model.vision_connector
+    return nn.Sequential(mlp.layers[0], mlp.act_fn, mlp.layers[1]).train(mlp.training)
+
+
 def _upcycle_part(model: UniMoEForConditionalGeneration, name: str, sparsity: PreTrainedConfig) -> None:
-    inner, config = model.model, model.config
+    counts, options = (sparsity.num_experts, sparsity.top_k), sparsity.block_options
     if name == "connector":
-        mlp = inner.vision_connector
-        dense = nn.Sequential(mlp.layers[0], mlp.act_fn, mlp.layers[1]).train(mlp.training)
-        inner.vision_connector = UniMoESparseMoeBlock.from_dense(
-            dense, sparsity.num_experts, sparsity.top_k, config=config, **sparsity.block_options
-        )
-        part = inner.vision_connector
-        config.vision_connector_config.sparsity = sparsity
+        part = UniMoESparseMoeBlock.from_dense(_connector_mlp(model), *counts, config=model.config, **options)
+        model.model.vision_connector = part
+        model.config.vision_connector_config.sparsity = sparsity
     else:
-        part = inner.language_model if name == "text" else inner.vision_tower
-        options = sparsity.block_options
-        sparsify(part, sparsity.layers, sparsity.num_experts, sparsity.top_k, **options)
-        setattr(config, f"{name}_sparsity", sparsity)
+        part = _backbone(model, name)
+        sparsify(part, sparsity.layers, *counts, **options)
+        setattr(model.config, f"{name}_sparsity", sparsity)
     for router in part.modules():
         if isinstance(router, UniMoETopKRouter):
             router.noise = sparsity.router_noise
