@@ -254,10 +254,36 @@ def test_saved_and_loaded_again(kind, tmp_path):
     assert torch.equal(run(load_sparsified(tmp_path / "again"))[0], run(model)[0])
 
 
+def test_loading_takes_what_from_pretrained_takes(sparse_llama, tmp_path):
+    sparse_llama.save_pretrained(tmp_path / "sub")
+    options = {"use_cache": False, "attention_dropout": 0.1, "dtype": "bfloat16", "experts_implementation": "eager"}
+    again, info = load_sparsified(
+        tmp_path, subfolder="sub", trust_remote_code=False, local_files_only=True, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    assert (again.config.use_cache, again.config.attention_dropout, again.dtype) == (False, 0.1, torch.bfloat16)
+    assert again.config._experts_implementation == "eager"
+    with pytest.raises(TypeError, match="attention_dropuot"):
+        load_sparsified(tmp_path / "sub", attention_dropuot=0.1)
+
+
+def test_loading_with_a_configuration_of_ones_own(sparse_llama, tmp_path):
+    sparse_llama.save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(tmp_path, use_cache=False)
+    for given in (config, tmp_path):
+        again = load_sparsified(tmp_path, config=given)
+        assert again.config.use_cache is (given is not config)
+        assert torch.equal(again(IDS).logits, sparse_llama(IDS).logits)
+
+
 def test_loading_something_else_is_refused(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no sparsified"):
         load_sparsified(tmp_path)
+    with pytest.raises(ValueError, match="config describes no sparsified"):
+        load_sparsified(tmp_path, config=LlamaConfig(**TEXT))
+    with pytest.raises(OSError, match="nowhere"):
+        load_sparsified(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unimoe_sparsity"):
         type(sparsify(llama()))(LlamaConfig(**TEXT))
 

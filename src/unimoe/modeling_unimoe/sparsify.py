@@ -6,6 +6,7 @@ layers, gets a subclass of its own class that answers for the sparse blocks too.
 """
 
 import functools
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     OutputRecorder,
@@ -26,6 +27,8 @@ from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
 
 CONFIG_KEY = "unimoe_sparsity"
+# What says where a checkpoint's files are.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def sparsify(
@@ -137,7 +140,7 @@ def _experts_by_layer(indices: list[int], num_experts: int | Sequence[int]) -> d
     return dict(zip(indices, counts))
 
 
-def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
+def load_sparsified(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Loads what a sparsified stock model's `save_pretrained` wrote: `load_sparsified("my-moe", dtype="bfloat16")`.
 
     `config.json` names the stock class (`architectures`) and the calls of `sparsify` that made it sparse
@@ -145,23 +148,32 @@ def load_sparsified(folder: str, **kwargs) -> PreTrainedModel:
 
     Args:
         folder: a local folder or a hub name.
-        kwargs: as for `from_pretrained`.
+        kwargs: as for the stock class's `from_pretrained`: fields of the configuration, `subfolder`, `revision`, `dtype` and so
+            on. A `config` of the caller's must hold the two entries as well, as the one that was saved does.
 
     Returns:
         The sparse model, an instance of the stock class.
 
     Raises:
-        ValueError: the checkpoint was not written by a sparsified stock model.
+        ValueError: the checkpoint, or the given `config`, was not written by a sparsified stock model.
+        OSError: there is no such checkpoint.
     """
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
-    name = (getattr(config, "architectures", None) or [None])[0]
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        fields, source = vars(config), "config"
+    else:
+        # Read only to find the class, whose `from_pretrained` then treats all of kwargs as it does for a stock class.
+        source = folder if config is None else config
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
+    name = (fields.get("architectures") or [None])[0]
     stock_class = getattr(transformers, name or "", None)
-    if stock_class is None or getattr(config, CONFIG_KEY, None) is None:
+    if stock_class is None or not fields.get(CONFIG_KEY):
         raise ValueError(
-            f"{folder} holds no sparsified Transformers model (architectures {name}, {CONFIG_KEY} "
-            f"{getattr(config, CONFIG_KEY, None)}); load it with the class that saved it"
+            f"{source} describes no sparsified Transformers model (architectures {name}, {CONFIG_KEY} "
+            f"{fields.get(CONFIG_KEY)}); load it with the class that saved it"
         )
-    return sparse_class(stock_class, records=False).from_pretrained(folder, config=config, **kwargs)
+    return sparse_class(stock_class, records=False).from_pretrained(folder, **kwargs)
 
 
 def _find_layers(model: PreTrainedModel) -> str:
