@@ -374,8 +374,8 @@ MODES = {"phi": "phi", "qwen": "qwen", "stablelm": "stablelm"}
 def processors():
     """A function from a tokenizer's name to a processor with the family's template and one token an image."""
     from unimoe.conversion.family import Conversion
-    from unimoe.conversion.folder import load_tokenizer
     from unimoe.conversion.plan import Plan
+    from unimoe.conversion.tokenizer import load_tokenizer
     from unimoe.modeling_unimoe.configuration_unimoe import UniMoEConfig
     from unimoe.processing.chat_template import MOE_LLAVA_CHAT_TEMPLATE
     from unimoe.processing.processing_unimoe import UniMoEProcessor

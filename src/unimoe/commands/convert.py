@@ -1,6 +1,7 @@
 """`unimoe convert`: original checkpoints to folders that Transformers loads."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         ("--base", "folder of the base: decoder shards and tokenizer"),
         ("--checkpoint", "fine-tuned folder: adapter, gates, aligner"),
     ):
-        uni_moe.add_argument(option, metavar="DIR", type=Path, required=True, action="append", help=help)
+        uni_moe.add_argument(option, metavar="DIR", type=_path, required=True, action="append", help=help)
     _add_path(uni_moe, "--vision-tower", "DIR", "CLIP folder", required=True)
     _add_path(uni_moe, "--audio-tower", "FILE.pt", "BEATs file, for audio models")
     _add_path(uni_moe, "--speech-tower", "DIR", "Whisper folder, for speech models")
@@ -56,11 +57,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_path(parser: argparse.ArgumentParser, option: str, metavar: str, help: str, required: bool = False) -> None:
-    parser.add_argument(option, metavar=metavar, type=Path, required=required, help=help)
+    parser.add_argument(option, metavar=metavar, type=_path, required=required, help=help)
+
+
+def _path(text: str) -> Path:
+    """With a leading `~` replaced, which shells leave alone in `--option=~/folder`."""
+    return Path(os.path.expanduser(text))
 
 
 def _add_common(parser: argparse.ArgumentParser, dtype: str = "float16") -> None:
     _add_path(parser, "--output", "DIR", "the new folder", required=True)
+    _add_path(
+        parser,
+        "--tokenizer",
+        "DIR",
+        "folder of the decoder's tokenizer, taken instead of the checkpoint's own; needed only where that has none",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default=dtype, help=f"of the stored weights (default: {dtype}, as the originals')"
     )
@@ -121,6 +133,7 @@ def _plan_uni_moe(args: argparse.Namespace):
             speech_tower=args.speech_tower,
             experts=args.experts,
             qformer_num_attention_heads=args.qformer_num_attention_heads,
+            tokenizer=args.tokenizer,
         )
         for base, checkpoint in zip(args.base, args.checkpoint)
     ]
@@ -130,10 +143,14 @@ def _plan_uni_moe(args: argparse.Namespace):
 def _plan_cumo(args: argparse.Namespace):
     from ..conversion.cumo import CuMoPaths, plan_cumo
 
-    return plan_cumo(CuMoPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower))
+    paths = CuMoPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower, tokenizer=args.tokenizer)
+    return plan_cumo(paths)
 
 
 def _plan_moe_llava(args: argparse.Namespace):
     from ..conversion.moe_llava import MoELLaVAPaths, plan_moe_llava
 
-    return plan_moe_llava(MoELLaVAPaths(checkpoint=args.checkpoint, vision_tower=args.vision_tower, base=args.base))
+    paths = MoELLaVAPaths(
+        checkpoint=args.checkpoint, vision_tower=args.vision_tower, base=args.base, tokenizer=args.tokenizer
+    )
+    return plan_moe_llava(paths)

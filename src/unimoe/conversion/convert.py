@@ -6,9 +6,10 @@ import torch
 
 from .errors import ConversionError
 from .family import Conversion
-from .folder import NO_TOKENIZER, build_processor, load_tokenizer, write_small_files
+from .folder import build_processor, write_small_files
 from .hub import create_repository, upload
 from .plan import files_of, format_bytes
+from .tokenizer import NO_TOKENIZER, load_tokenizer
 from .writer import check_output, new_folder, write_weights
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -41,10 +41,12 @@ class CuMoPaths:
     Args:
         checkpoint: The final checkpoint, or that of the second stage (`*-pft`).
         vision_tower: The CLIP folder that `mm_vision_tower` names, for its settings; its weights are not read.
+        tokenizer: A folder with tokenizer files, which is taken instead of the checkpoint's.
     """
 
     checkpoint: Path
     vision_tower: Path
+    tokenizer: Path | None = None
 
 
 def plan_cumo(paths: CuMoPaths) -> Conversion:
@@ -89,10 +91,11 @@ def plan_cumo(paths: CuMoPaths) -> Conversion:
         config=model_config,
         plan=plan,
         title=f"CuMo with {decoder.name}{stage}",
-        inputs={name: path for name, path in vars(paths).items()},
+        inputs={name: path for name, path in vars(paths).items() if path is not None},
         licence=LICENCE,
         licence_id="cc-by-nc-4.0",
-        tokenizer_folder=paths.checkpoint,
+        tokenizer_folder=paths.tokenizer or paths.checkpoint,
+        tokenizer_required=paths.tokenizer is not None,
         image_processor_folder=paths.vision_tower,
         generation=GENERATION,
         chat_template=CUMO_CHAT_TEMPLATE,

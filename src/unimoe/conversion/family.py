@@ -18,7 +18,8 @@ class Conversion:
         title: What is converted, for people.
         inputs: What was read, by the option that named it.
         licence: The licence notice of the model card.
-        tokenizer_folder: Where tokenizer files lie; None where there are none.
+        tokenizer_folder: Where tokenizer files are looked for; None for nowhere.
+        tokenizer_required: Whether that folder was named for its tokenizer, so that it must have one.
         image_processor_folder: Where `preprocessor_config.json` of the vision tower lies.
         feature_extractor: Settings of the feature extractor; None for a model without sound towers.
         generation: Settings of the generation configuration: the originals' sampling.
@@ -35,6 +36,7 @@ class Conversion:
     inputs: dict[str, Path]
     licence: str
     tokenizer_folder: Path | None = None
+    tokenizer_required: bool = False
     image_processor_folder: Path | None = None
     feature_extractor: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)

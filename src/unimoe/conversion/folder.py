@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -16,43 +16,9 @@ from ..processing.processing_unimoe import UniMoEProcessor
 from .errors import ConversionError
 from .family import Conversion
 from .model_card import model_card
-from .sentencepiece_tokenizer import load_llama_tokenizer
-from .tiktoken_tokenizer import find_table, load_tiktoken_tokenizer
 
 ARCHITECTURE = "UniMoEForConditionalGeneration"
 IMAGE_PROCESSORS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
-NO_TOKENIZER = (
-    "No tokenizer was found, so the folder has no processor: the model loads and runs on ids and features, and a tokenizer "
-    "can be added by converting again."
-)
-
-
-def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
-    """The original's tokenizer with the four placeholders as special tokens, whose ids go into the configuration.
-
-    Returns:
-        None where the conversion names no folder with tokenizer files.
-    """
-    folder = conversion.tokenizer_folder
-    if folder is None:
-        return None
-    if (folder / "tokenizer.model").is_file():
-        tokenizer = load_llama_tokenizer(folder)
-    elif (table := find_table(folder)) is not None:
-        tokenizer = load_tiktoken_tokenizer(table)
-    elif (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    else:
-        return None
-    # Embeddings often have more rows than the tokenizer has tokens. Those get names, so that the placeholders' ids lie beyond
-    # the vocabulary, where they take no score away from it.
-    unused = range(len(tokenizer), conversion.config.text_config.vocab_size)
-    tokenizer.add_tokens([f"<|unused_{i}|>" for i in unused], special_tokens=True)
-    names = ("image", "video", "audio", "speech")
-    tokenizer.add_tokens([f"<{name}>" for name in names], special_tokens=True)
-    for name in names:
-        setattr(conversion.config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<{name}>"))
-    return tokenizer
 
 
 def build_processor(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> UniMoEProcessor:

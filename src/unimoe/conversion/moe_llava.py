@@ -42,12 +42,14 @@ class MoELLaVAPaths:
         checkpoint: The final checkpoint, that of the second stage, or the first stage's projector with its config.json.
         vision_tower: The CLIP or SigLIP folder that `mm_image_tower` names; its weights are read where the checkpoint has
             none.
-        base: The decoder's own folder, for a first-stage projector; it holds the tokenizer then.
+        base: The decoder's own folder, for a first-stage projector; its tokenizer is taken then.
+        tokenizer: A folder with tokenizer files, which is taken instead of any other.
     """
 
     checkpoint: Path
     vision_tower: Path
     base: Path | None = None
+    tokenizer: Path | None = None
 
 
 def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
@@ -94,7 +96,8 @@ def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
         title=f"MoE-LLaVA with {decoder.name}{stage}",
         inputs={name: path for name, path in vars(paths).items() if path is not None},
         licence=LICENCE,
-        tokenizer_folder=paths.checkpoint if paths.base is None else paths.base,
+        tokenizer_folder=paths.tokenizer or paths.base or paths.checkpoint,
+        tokenizer_required=paths.tokenizer is not None,
         image_processor_folder=paths.vision_tower,
         generation=GENERATION,
         chat_template=MOE_LLAVA_CHAT_TEMPLATE,

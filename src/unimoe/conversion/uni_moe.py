@@ -51,6 +51,7 @@ class UniMoEPaths:
         speech_tower: A Whisper folder, for speech models.
         experts: The folder of expert files, for eight-expert models.
         qformer_num_attention_heads: Heads of the Q-Former, the only size that no file tells; by default its width / 64.
+        tokenizer: A folder with tokenizer files, which is taken instead of the base's.
     """
 
     base: Path
@@ -60,6 +61,7 @@ class UniMoEPaths:
     speech_tower: Path | None = None
     experts: Path | None = None
     qformer_num_attention_heads: int | None = None
+    tokenizer: Path | None = None
 
 
 def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
@@ -114,7 +116,8 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
         title=f"Uni-MoE {'eight-expert ' if eight_experts else ''}{sound.kind}",
         inputs={name: path for name, path in vars(paths).items() if isinstance(path, Path)},
         licence=LICENCE,
-        tokenizer_folder=paths.base,
+        tokenizer_folder=paths.tokenizer or paths.base,
+        tokenizer_required=paths.tokenizer is not None,
         image_processor_folder=paths.vision_tower,
         feature_extractor={} if speech is None else {"speech_feature_size": speech.num_mel_bins},
         generation=GENERATION,

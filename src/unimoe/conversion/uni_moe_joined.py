@@ -53,7 +53,7 @@ def plan_joined_uni_moe(first: UniMoEPaths, second: UniMoEPaths) -> Conversion:
     speech = plan_uni_moe(replace(by_kind["speech"], audio_tower=None))
     names = f"{by_kind['audio'].checkpoint} and {by_kind['speech'].checkpoint}"
     _check_settings(audio, speech, names)
-    _check_tokenizers(by_kind["audio"].base, by_kind["speech"].base)
+    _check_tokenizers(*(by_kind[kind].tokenizer or by_kind[kind].base for kind in ("audio", "speech")))
     _check_tensors(audio.plan, speech.plan, names)
 
     config = audio.config.to_dict()
