@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_text_config
-from transformers import AutoModelForMultimodalLM, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from unimoe import UniMoEForConditionalGeneration, UniMoESparsityConfig, load_sparsified, sparsify, upcycle
 from unimoe.cli import main
@@ -135,6 +142,43 @@ def test_command_with_experts_of_their_own(tmp_path, capsys):
     loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "sparse")
     experts = loaded.model.language_model.layers[0].mlp.experts
     torch.testing.assert_close(experts.down_proj[1], 2 * experts.down_proj[0])
+
+
+@pytest.fixture
+def dense_folder(tmp_path):
+    dense_model().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize("way", ["same", "dotted", "link"])
+def test_command_leaves_its_inputs_alone(way, dense_folder, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(dense_folder)
+    output = {"same": dense_folder, "dotted": tmp_path / "link" / ".." / "dense", "link": tmp_path / "link"}[way]
+    before = {path: path.read_bytes() for path in dense_folder.iterdir()}
+    assert main(["upcycle", str(dense_folder), "--output", str(output), "--overwrite"]) == 1
+    assert "choose another --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in dense_folder.iterdir()} == before
+
+
+def test_command_does_not_overwrite_an_experts_checkpoint(dense_folder, tmp_path, capsys):
+    dense_model().save_pretrained(tmp_path / "expert")
+    args = ["upcycle", str(dense_folder), "--output", str(tmp_path / "expert"), "--overwrite"]
+    assert main([*args, "--expert", str(dense_folder), "--expert", str(tmp_path / "expert")]) == 1
+    assert "choose another --output" in capsys.readouterr().err
+
+
+def test_command_refuses_two_numbers_of_experts(dense_folder, tmp_path, capsys):
+    args = ["upcycle", str(dense_folder), *["--expert", str(dense_folder)] * 3]
+    assert main([*args, "--output", str(tmp_path / "no"), "--num-experts", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "--num-experts 8: --expert is given 3 times" in error and error.count("\n") == 1
+    assert not (tmp_path / "no").exists()
+    assert main([*args, "--output", str(tmp_path / "yes"), "--num-experts", "3"]) == 0
+    # Beside other parts the number is theirs.
+    parts = ["--parts", "text", "connector", "--num-experts", "2"]
+    assert main([*args, "--output", str(tmp_path / "both"), *parts]) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "both")
+    assert (config.text_sparsity.num_experts, config.vision_connector_config.sparsity.num_experts) == (3, 2)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
                         "with commas between (default: even)")  # fmt: skip
     parser.add_argument("--vision-layers", default="all", help="the same of the vision encoder (default: all)")
     parser.add_argument(
-        "--num-experts", metavar="N", type=int, default=4, help="experts per sparse layer (default: 4)"
+        "--num-experts", metavar="N", type=int, help="experts per sparse layer (default: 4, or one for each --expert)"
     )
     parser.add_argument("--top-k", metavar="K", type=int, default=2, help="experts per token (default: 2)")
     parser.add_argument(
@@ -44,17 +44,18 @@ def run(args: argparse.Namespace) -> int:
 
     if not (args.folder / "config.json").is_file():
         raise ValueError(f"{args.folder}: no config.json there; give a checkpoint folder")
-    if args.output.absolute() == args.folder.absolute():
-        raise ValueError(f"{args.output}: the dense checkpoint itself; choose another --output")
+    for folder in (args.folder, *args.expert):
+        # Links are followed, so that the weights which are being read are not overwritten under another name.
+        if args.output.resolve() == folder.resolve():
+            raise ValueError(f"{args.output}: the dense checkpoint {folder} itself; choose another --output")
     check_output(args.output, args.overwrite)
-    counts = {"num_experts": args.num_experts, "top_k": args.top_k}
+    _check_experts(args)
+    counts = {"num_experts": 4 if args.num_experts is None else args.num_experts, "top_k": args.top_k}
     settings = {"text": {"layers": _layers(args.layers), **counts}, "connector": counts}
     settings["vision"] = {"layers": _layers(args.vision_layers), **counts}
     if args.expert:
         from ..training.upcycling import assemble_experts
 
-        if "text" not in args.parts:
-            raise ValueError("--expert gives experts of the decoder, so --parts must hold text")
         model = assemble_experts(
             args.folder, args.expert, layers=settings.pop("text")["layers"], top_k=args.top_k, seed=args.seed
         )
@@ -70,6 +71,19 @@ def run(args: argparse.Namespace) -> int:
         copy_code(args.output)
     print(f"sparse now: {', '.join(args.parts)}; in {args.output}")
     return 0
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    if not args.expert:
+        return
+    if "text" not in args.parts:
+        raise ValueError("--expert gives experts of the decoder, so --parts must hold text")
+    # With other parts beside the decoder, --num-experts counts theirs.
+    if set(args.parts) == {"text"} and args.num_experts not in (None, len(args.expert)):
+        raise ValueError(
+            f"--num-experts {args.num_experts}: --expert is given {len(args.expert)} times, once for each expert; leave "
+            "--num-experts out, or give as many --expert"
+        )
 
 
 def _layers(text: str) -> str | list[int]:
