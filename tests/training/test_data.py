@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tiny_processor import tiny_processor
 from torch.utils.data import DataLoader
 from training_records import RECORDS, turn
 
 from unimoe.training.collator import MultimodalCollator
 from unimoe.training.data import ConversationDataset
+from unimoe.training.parts import can_change
 from unimoe.training.records import DataError
 
 
@@ -28,6 +30,30 @@ def test_unreadable_media_are_skipped_and_counted(processor, data_file):
         # The next record of the same mix stands in.
         assert torch.equal(samples[1].inputs["labels"], samples[2].inputs["labels"])
         assert dataset.counts() == {"unreadable": 1, "truncated": 0, "without_answer": 0}
+
+
+def test_kinds_of_media(data_file):
+    file = data_file(RECORDS)
+    both, one = (tiny_processor(("image", "video", *sounds)) for sounds in (("audio", "speech"), ("speech",)))
+    assert ConversationDataset(file, both).media_kinds() == {"image", "video", "audio", "speech"}
+    # There, all sounds go through the one tower.
+    assert ConversationDataset(file, one).media_kinds() == {"image", "video", "speech"}
+    assert not ConversationDataset(data_file([{"conversations": turn("a", "b")}], "text.json"), one).media_kinds()
+
+
+@pytest.mark.parametrize(
+    "parts, media, expected",
+    [
+        (["connectors"], [], False),
+        (["connectors"], ["audio"], True),
+        (["vision_connector", "audio_tower"], ["speech"], False),
+        (["vision_tower"], ["video"], True),
+        (["vision_tower", "attention"], [], True),
+        ([], [], True),
+    ],
+)
+def test_what_can_change(parts, media, expected):
+    assert can_change(parts, media) is expected
 
 
 def test_it_ends_like_a_list(processor, data_file):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +123,7 @@ def test_third_stage_of_cumo(model_folder, data_file, write_recipe, tmp_path):
 def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
     dense, sparse = str(model_folder("dense", text_sparsity=None)), str(model_folder("sparse"))
     data, empty = str(data_file()), str(data_file([], "empty.json"))
+    text = str(data_file([{"conversations": turn("a", "b")}], "text.json"))
     good = {"model": dense, "data": data, "train": ["connectors"], "trainer": {"max_steps": 1}}
     assert main(["train", write_recipe("done", **good)]) == 0
     capsys.readouterr()
@@ -136,6 +139,16 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         ({**good, "upcycle": {"audio": {}}}, [], "'audio' is unknown"),
         ({**good, "experts": {"from": [dense, sparse]}}, [], "does not match the base"),
         ({**good, "model": sparse, "experts": {"copies": 4}}, [], "sparse already"),
+        ({**good, "model": sparse, "experts": {"copies": 1}}, [], "at least two"),
+        ({**good, "train": [], "lora": {"r": 0}}, [], "positive"),
+        ({**good, "trainer": {"per_device_train_batch_size": 0}}, [], "batch_size"),
+        ({**good, "trainer": {"eval_strategy": "steps"}}, [], "eval"),
+        ({**good, "trainer": {"label_smoothing_factor": 0.1}}, [], "label_smoothing_factor"),
+        (
+            {**good, "data": text, "train": ["vision_connector", "audio_tower"]},
+            [],
+            "no record of the data goes through",
+        ),
         ({**good, "output": str(tmp_path / "done")}, [], "--resume"),
         ({**good, "output": str(tmp_path / "done"), "max_length": 99}, ["--resume"], "max_length"),
         ({**good, "output": str(tmp_path)}, [], "not empty"),
@@ -144,6 +157,37 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         assert main(["train", write_recipe(f"wrong{number}", **fields), *options]) == 1, words
         refusal = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unimoe train")]
         assert len(refusal) == 1 and words in refusal[0], (words, refusal)
+        assert not list((tmp_path / f"wrong{number}").glob("*")), "a corrected recipe could not be run"
+
+
+BASE = "{model: x, data: x, output: x, train: [all]}"
+WRONG_TYPES = {
+    "output: 2024": "'output' must be a text, found 2024",
+    "data: [5]": "'data' must be a list, each of it a text, found [5]",
+    "max_length: x": "'max_length' must be a whole number or nothing, found 'x'",
+    "sampling: random": "'sampling' must be 'shuffled' or 'sorted' or 'none', found 'random'",
+    "train: 3": "'train' must be a list",
+    "lora: {r: eight}": "lora: 'r' must be a whole number, found 'eight'",
+    "lora: {attention: 1}": "lora: 'attention' must be true or false, found 1",
+    "experts: {copies: 2.5}": "experts: 'copies' must be a whole number",
+    "experts: {from: dense}": "experts: 'from' must be a list, each of it a text, found 'dense'",
+    "experts: {copies: 2, layers: 2}": "experts: 'layers' must be 'all' or 'even' or a list",
+    "experts: {copies: 2, connectors: [dense]}": "experts: 'connectors' must be a mapping",
+    "experts: {copies: 2, router_loss_scope: x}": "experts: 'router_loss_scope' must be 'batch' or 'sample'",
+    "experts: {copies: 2, router_aux_loss_coef: x}": "experts: 'router_aux_loss_coef' must be a number",
+    "upcycle: {text: [1]}": "upcycle: 'text' must be a mapping of fields",
+    "trainer: {learning_rate: abc}": "trainer: 'learning_rate' must be a number, found 'abc'",
+    'trainer: {max_steps: "3"}': "trainer: 'max_steps' must be a whole number, found '3'",
+    "trainer: {bf16: maybe}": "trainer: 'bf16' must be true or false",
+    "distributed: {fsdp_size: x}": "distributed: 'fsdp_size' must be a whole number or nothing",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_TYPES)
+def test_wrong_types_in_recipes(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**yaml.safe_load(BASE), **yaml.safe_load(text)}))
+    with pytest.raises(ValueError, match=re.escape(WRONG_TYPES[text])):
+        Recipe.read(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("text, words", [("- 1", "mapping"), ("a: [", "YAML"), ("model: x", "'data' is missing")])
@@ -168,6 +212,22 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(text)
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
     assert last_whole_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_a_finished_run_takes_no_step_when_it_is_resumed(model_folder, data_file, write_recipe, tmp_path, max_steps):
+    """Within an epoch and at its end: a kill before the model was written must not cost or add a step."""
+    records = [{"conversations": turn("what" * i, "is the" * i)} for i in range(1, 9)]
+    trainer = {"max_steps": max_steps, "lr_scheduler_type": "constant", "save_steps": 2}
+    fields = {"model": str(model_folder("sparse")), "data": str(data_file(records)), "train": ["language_model"]}
+    recipe = write_recipe("run", **fields, trainer=trainer)
+    assert main(["train", recipe]) == 0
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert main(["train", recipe, "--resume"]) == 0
+    assert not (tmp_path / "run" / f"checkpoint-{max_steps + 1}").exists()
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_killed_and_resumed_equals_uninterrupted(model_folder, data_file, write_recipe, tmp_path):

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..processing.media import MediaError
+from ..processing.media_inputs import SOUNDS
 from .labels import Sample, check_processor, encode
 from .records import DataError, mix_type, read_records
 
@@ -93,6 +94,12 @@ class ConversationDataset(Dataset):
                 continue
             return sample
         raise DataError(f"{self.records[index].name}: neither this record nor any other of its mix can be used")
+
+    def media_kinds(self) -> set[str]:
+        """The kinds of media in all records; each sound is of the kind of the tower that it goes through."""
+        kinds = {kind for record in self.records for kind in record.media}
+        sounds = set(SOUNDS) & set(self.processor.towers)
+        return (kinds - set(SOUNDS)) | sounds if len(sounds) == 1 and kinds & set(SOUNDS) else kinds
 
     def counts(self) -> dict[str, int]:
         """How many records were found `unreadable`, `truncated` or `without_answer` so far, each counted once."""

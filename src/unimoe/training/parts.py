@@ -31,6 +31,18 @@ def part_of(name: str) -> str:
     return "rest"
 
 
+def can_change(parts: Iterable[str], media: Iterable[str]) -> bool:
+    """Whether records with these kinds of media go through any of these parts, see `PARTS`; all records go through the
+    decoder. Without parts, whatever is trained is in the decoder.
+    """
+    modalities = {"vision" if kind in ("image", "video") else kind for kind in media}
+    reached = {f"{modality}_{kind}" for modality in modalities for kind in ("tower", "connector")}
+    if modalities:
+        reached.add("connectors")
+    missed = {"connectors", *CONNECTORS, *TOWERS} - reached
+    return not set(parts) or bool(set(parts) - missed)
+
+
 def train_only(model: PreTrainedModel, parts: Iterable[str]) -> list[str]:
     """Freezes a model except for some parts.
 

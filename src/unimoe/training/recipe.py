@@ -4,29 +4,18 @@ import dataclasses
 import json
 import os
 import re
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import DistributedConfig, TrainingArguments
 
 from .parts import PARTS
+from .recipe_fields import EXPERTS, LORA, UPCYCLE, check_fields, check_types
 
 # YAML 1.1 reads "2e-5" as a text.
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-_LORA_KEYS = ("r", "alpha", "attention", "ffn", "experts", "routers", "connectors", "language_model_only")
-_EXPERT_KEYS = (
-    "from",
-    "copies",
-    "layers",
-    "top_k",
-    "connectors",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_loss_scope",
-    "router_dtype",
-    "seed",
-)
 # Fields that may differ between a run and its continuation.
 _FREE = {"output"}
 
@@ -69,35 +58,30 @@ class Recipe:
     eval_data: list[str] = field(default_factory=list)
     media_root: str | None = None
     max_length: int | None = None
-    on_unreadable: str = "skip"
-    sampling: str = "shuffled"
-    dtype: str = "float32"
+    on_unreadable: Literal["skip", "stop"] = "skip"
+    sampling: Literal["shuffled", "sorted", "none"] = "shuffled"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trainer: dict[str, Any] = field(default_factory=dict)
     distributed: dict[str, Any] | None = None
 
     def __post_init__(self):
         """Raises ValueError for whatever can be seen to be wrong without reading a file."""
-        if bool(self.train) == (self.lora is not None):
-            raise ValueError("give either 'train' (parts trained whole) or 'lora' (an adapter)")
+        check_types("", vars(self), typing.get_type_hints(type(self)))
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown:
             raise ValueError(f"train: {unknown[0]!r} is unknown; the parts are {', '.join(PARTS)}")
-        _check_keys("lora", self.lora, _LORA_KEYS)
-        _check_keys("experts", self.experts, _EXPERT_KEYS)
-        _check_keys("upcycle", self.upcycle, ("text", "vision", "connector"))
+        for name, fields in (("lora", LORA), ("experts", EXPERTS), ("upcycle", UPCYCLE)):
+            if getattr(self, name) is not None:
+                check_fields(name, getattr(self, name), fields)
+        if bool(self.train) == (self.lora is not None):
+            raise ValueError("give either 'train' (parts trained whole) or 'lora' (an adapter)")
         if self.experts is not None and ("from" in self.experts) == ("copies" in self.experts):
             raise ValueError("experts: give either 'from' (a checkpoint for each expert) or 'copies' (their number)")
-        if self.sampling not in ("shuffled", "sorted", "none"):
-            raise ValueError(f"sampling: {self.sampling!r} is unknown; it is 'shuffled', 'sorted' or 'none'")
-        if self.on_unreadable not in ("skip", "stop"):
-            raise ValueError(f"on_unreadable: {self.on_unreadable!r} is unknown; it is 'skip' or 'stop'")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: {self.dtype!r} is unknown; it is 'float32', 'bfloat16' or 'float16'")
         known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} - {"output_dir"}
-        _check_keys("trainer", self.trainer, tuple(known), show=False)
-        _check_keys(
-            "distributed", self.distributed, tuple(item.name for item in dataclasses.fields(DistributedConfig))
-        )
+        hints = typing.get_type_hints(TrainingArguments)
+        check_fields("trainer", self.trainer, {name: hints[name] for name in known}, of="TrainingArguments")
+        if self.distributed is not None:
+            check_fields("distributed", self.distributed, typing.get_type_hints(DistributedConfig))
         if self.distributed is not None and self.lora is not None:
             raise ValueError(
                 "distributed: PEFT's adapters do not fit weights that are sharded when they are loaded; use DDP or "
@@ -129,7 +113,7 @@ class Recipe:
             raise ValueError(f"{file}: a recipe is a mapping of fields, see docs/training.md")
         known = {item.name: item for item in dataclasses.fields(cls)}
         try:
-            _check_keys("recipe", content, tuple(known))
+            check_fields("recipe", content, dict.fromkeys(known, Any))
             for name in ("model", "data", "output"):
                 if not content.get(name):
                     raise ValueError(f"{name!r} is missing")
@@ -152,17 +136,6 @@ class Recipe:
             content["samples_per_step"] *= trainer.pop(name, TrainingArguments.__dataclass_fields__[name].default)
         content["trainer"] = trainer
         return json.loads(json.dumps(content, sort_keys=True))
-
-
-def _check_keys(name: str, given: Any, known: tuple[str, ...], show: bool = True) -> None:
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        raise ValueError(f"{name} must be a mapping of fields, found {type(given).__name__}")
-    unknown = sorted(set(map(str, given)) - set(known))
-    if unknown:
-        hint = f"; known are {', '.join(known)}" if show else " to TrainingArguments"
-        raise ValueError(f"{name}: field {unknown[0]!r} is unknown{hint}")
 
 
 def _numbers(value: Any) -> Any:

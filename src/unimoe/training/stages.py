@@ -26,7 +26,7 @@ from ..upcycling import upcycle
 from .collator import MultimodalCollator
 from .data import ConversationDataset
 from .lora import lora_config
-from .parts import train_only
+from .parts import can_change, train_only
 from .recipe import Recipe
 from .trainer import ModalityTrainer
 from .upcycling import assemble_experts
@@ -47,6 +47,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
 
     Returns:
         The folder of the finished checkpoint, `<output>/model`.
+
+    Where it fails before its first step, the output is left as it was found.
 
     Raises:
         DataError: the data cannot be trained on.
@@ -72,29 +74,39 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
         else None
         for files in (recipe.data, recipe.eval_data)
     )
-    if state.is_main_process:
-        _claim(output, recipe, resume, state.num_processes)
+    if not can_change(recipe.train, train_data.media_kinds()):
+        raise ValueError(
+            f"train: no record of the data goes through {', '.join(recipe.train)}, which would stay as it is"
+        )
+    is_fresh = state.is_main_process and _claim(output, recipe, resume, state.num_processes)
     state.wait_for_everyone()
-    # Before any weight is drawn: those of adapters and routers depend on it.
-    set_seed(arguments.seed)
-    base = _starting_point(recipe, processor, output, state)
-    sharding = None if recipe.distributed is None else DistributedConfig(**recipe.distributed)
-    model = AutoModelForMultimodalLM.from_pretrained(base, dtype=recipe.dtype, distributed_config=sharding)
-    model = prepare_model(model, recipe)
-    trainer = ModalityTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=MultimodalCollator(processor),
-        processing_class=processor,
-        sampling=None if recipe.sampling == "none" else recipe.sampling,
-    )
-    checkpoint = last_whole_checkpoint(output) if resume else None
-    if checkpoint is not None:
-        logger.warning(f"resuming from {checkpoint}")
-    with all_layers(model) if sharding is not None or trainer.is_fsdp_enabled else nullcontext():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer = None
+    try:
+        # Before any weight is drawn: those of adapters and routers depend on it.
+        set_seed(arguments.seed)
+        base = _starting_point(recipe, processor, output, state)
+        sharding = None if recipe.distributed is None else DistributedConfig(**recipe.distributed)
+        model = AutoModelForMultimodalLM.from_pretrained(base, dtype=recipe.dtype, distributed_config=sharding)
+        model = prepare_model(model, recipe)
+        trainer = ModalityTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=MultimodalCollator(processor),
+            processing_class=processor,
+            sampling=None if recipe.sampling == "none" else recipe.sampling,
+        )
+        checkpoint = last_whole_checkpoint(output) if resume else None
+        if checkpoint is not None:
+            logger.warning(f"resuming from {checkpoint}")
+        with all_layers(model) if sharding is not None or trainer.is_fsdp_enabled else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except Exception:
+        # A recipe that could not do a step is corrected and started again, not resumed.
+        if is_fresh and (trainer is None or trainer.state.global_step == 0):
+            _release(output)
+        raise
     save_run(trainer, base, processor, output)
     train_data.share_marks(arguments.device)
     if state.is_main_process:
@@ -163,8 +175,11 @@ def last_whole_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def _claim(output: Path, recipe: Recipe, resume: bool, num_processes: int) -> None:
-    """Makes the output folder this recipe's. Raises ValueError where it belongs to another run."""
+def _claim(output: Path, recipe: Recipe, resume: bool, num_processes: int) -> bool:
+    """Makes the output folder this recipe's; says whether it was nobody's before, and empty.
+
+    Raises ValueError where it belongs to another run.
+    """
     file = output / RECIPE_FILE
     if file.is_file():
         previous = json.loads(file.read_text())
@@ -179,13 +194,23 @@ def _claim(output: Path, recipe: Recipe, resume: bool, num_processes: int) -> No
             if whole is None or _step(folder) > _step(whole):
                 # Cut off while it was written.
                 shutil.rmtree(folder)
-        return
+        return False
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output: {output} is not empty and holds no run; give another folder")
     output.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(recipe.identity(num_processes), indent=2))
     partial.rename(file)
+    return True
+
+
+def _release(output: Path) -> None:
+    """Undoes the claim of a folder that was empty. It stays where it is, as it may be a link."""
+    for entry in output.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _step(folder: Path) -> int:

@@ -39,11 +39,17 @@ class ModalityTrainer(Trainer):
         sampling: variant of `ModalityGroupedSampler`, "shuffled" or "sorted"; None leaves the order to `Trainer`, as does a
             data set without `types` and `lengths`.
         args, kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: `label_smoothing_factor` is set and the model is one of this package's.
     """
 
     def __init__(self, *args: Any, sampling: str | None = "shuffled", **kwargs: Any):
         self.sampling = sampling
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None and self._is_unimoe(self.model):
+            # Trainer computes that loss itself: without shifting the labels, for classes that it does not know.
+            raise ValueError("label_smoothing_factor must be 0: the smoothed loss would leave the router losses out")
         self.model.register_forward_hook(_keep_differentiable)
         add_monitors(self)
 
@@ -58,6 +64,17 @@ class ModalityTrainer(Trainer):
         """As Trainer's, but waits for all processes: what is written next marks the checkpoint as whole."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but a run that is resumed behind its last step takes no further one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    @staticmethod
+    def _is_unimoe(model: nn.Module) -> bool:
+        return getattr(getattr(model, "config", None), "model_type", None) == UniMoEConfig.model_type
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As Trainer's; remembers the micro-batches of the step."""
@@ -82,9 +99,10 @@ class ModalityTrainer(Trainer):
         self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int
     ) -> dict[str, torch.Tensor] | None:
         """The statistics of a step that all processes compute in these micro-batches; None where no loss needs any."""
-        config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        if getattr(config, "model_type", None) != UniMoEConfig.model_type or not needs_statistics(config):
+        unwrapped = self.accelerator.unwrap_model(model)
+        if not self._is_unimoe(unwrapped) or not needs_statistics(unwrapped.config):
             return None
+        config = unwrapped.config
         pieces = []
         runs = has_batch_statistics(config)
         model.train()
