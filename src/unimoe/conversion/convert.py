@@ -1,16 +1,16 @@
 """Runs a planned conversion: weights and small files into a new folder, and from there to the Hub if asked for."""
 
+import os
 from pathlib import Path
 
 import torch
 
-from .errors import ConversionError
 from .family import Conversion
 from .folder import build_processor, write_small_files
 from .hub import create_repository, upload
 from .plan import files_of, format_bytes
 from .tokenizer import NO_TOKENIZER, load_tokenizer
-from .writer import check_output, new_folder, write_weights
+from .writer import check_inputs, check_output, new_folder, write_weights
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,12 +45,10 @@ def convert(
     Raises:
         ConversionError: An input is bad, or the output cannot be written; nothing is left behind then.
     """
-    output = output.expanduser().absolute()
+    output = Path(os.path.expanduser(output)).absolute()
     stored = DTYPES[dtype]
     num_bytes = conversion.plan.num_bytes(stored)
-    for file in files_of(conversion.plan):
-        if output in (file.absolute(), *file.absolute().parents):
-            raise ConversionError(f"{output}: holds {file.name}, which is to be converted; choose another --output")
+    check_inputs(output, [*conversion.inputs.values(), *files_of(conversion.plan)])
     tokenizer = load_tokenizer(conversion)
     processor = build_processor(conversion, tokenizer) if tokenizer is not None else None
     if processor is None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,7 @@ SMALL_FILES_BYTES = 64 * 1000**2
 
 @contextlib.contextmanager
 def new_folder(output: Path, num_bytes: int, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `output`, which takes its place when the block ends without an error.
+    """A temporary folder beside `output`, which takes its place when the block ends without an error. Links are followed.
 
     A process that is killed leaves `<output>.incomplete`, which loads as nothing and is removed by the next run.
 
@@ -45,23 +45,25 @@ def new_folder(output: Path, num_bytes: int, overwrite: bool = False) -> Iterato
             while writing. Nothing is left behind.
     """
     check_output(output, overwrite)
-    partial = output.with_name(output.name + ".incomplete")
+    place, partial, old = _places(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
     except OSError as error:
-        raise ConversionError(f"{output}: cannot write there ({error.strerror}); choose another --output") from None
+        raise ConversionError(
+            f"{output}: cannot write there ({error.strerror or error}); choose another --output"
+        ) from None
     try:
-        free = shutil.disk_usage(output.parent).free
+        free = shutil.disk_usage(place.parent).free
         if free < num_bytes + SMALL_FILES_BYTES:
             raise ConversionError(
                 f"{output}: {format_bytes(num_bytes + SMALL_FILES_BYTES)} are needed, {format_bytes(free)} are free on that "
                 "disk; make room or choose another --output"
             )
         yield partial
-        _replace(partial, output)
+        _replace(place, partial, old)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         where = error.filename or output
@@ -75,6 +77,10 @@ def new_folder(output: Path, num_bytes: int, overwrite: bool = False) -> Iterato
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raises ConversionError where `output` may not be written to or replaced."""
+    if output.is_symlink() and not output.exists():
+        raise ConversionError(
+            f"{output}: a link to a place that does not exist; remove it, or choose another --output"
+        )
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise ConversionError(
@@ -86,13 +92,35 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ConversionError(f"{output}: a file, not a folder; choose another --output")
 
 
-def _replace(partial: Path, output: Path) -> None:
+def check_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises ConversionError where writing to `output` would replace any of `inputs`, which are folders and files.
+
+    Links are followed, and so are the links in a folder, such as those of the Hub's cache: neither a link nor what it leads to
+    may be replaced.
+    """
+    replaced = set(_places(output))
+    for path in inputs:
+        for file in (path, *(path.iterdir() if path.is_dir() else ())):
+            target = Path(os.path.realpath(file))
+            link = Path(os.path.realpath(file.parent), file.name) if file.is_symlink() else target
+            if replaced & {link, *link.parents, target, *target.parents}:
+                raise ConversionError(
+                    f"{output}: writing there would replace {file}, which is to be converted; choose another --output"
+                )
+
+
+def _places(output: Path) -> tuple[Path, Path, Path]:
+    """Where the folder really goes, where it grows until it is whole, and where the one that it replaces waits until then."""
+    place = Path(os.path.realpath(output))
+    return place, place.with_name(place.name + ".incomplete"), place.with_name(place.name + ".replaced")
+
+
+def _replace(place: Path, partial: Path, old: Path) -> None:
     # Two renames, since a folder cannot be renamed onto one that is not empty; the old one goes last.
-    old = output.with_name(output.name + ".replaced")
-    if output.exists():
+    if place.exists():
         shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    partial.rename(output)
+        place.rename(old)
+    partial.rename(place)
     shutil.rmtree(old, ignore_errors=True)
 
 
