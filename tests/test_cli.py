@@ -48,6 +48,8 @@ def test_info(folder, capsys):
         (["generate", "--image", "image.txt", "hm"], "image.txt"),
         (["generate", ""], "question is empty"),
         (["generate", "--max-new-tokens", "0", "hm"], "--max-new-tokens"),
+        (["generate", "--device", "foo", "hm"], "use cpu"),
+        (["generate", "--device", "meta", "hm"], "use cpu"),
         (["generate", "--model", ".", "hm"], "config.json"),
         (["generate", "--model", "no/such/folder", "hm"], "no/such/folder"),
         (["info", "."], "config.json"),
@@ -63,6 +65,34 @@ def test_refusals(folder, tmp_path, monkeypatch, capsys, arguments, words):
     refusal = [line for line in printed.err.splitlines() if line.startswith("unimoe")]
     assert len(refusal) == 1 and words in refusal[0]
     assert "Traceback" not in printed.err and not printed.out
+
+
+class TestDevice:
+    """With the accelerators that PyTorch says there are, before anything is loaded: there is no such model folder."""
+
+    def refusal(self, device, capsys):
+        assert main(["generate", "--model", "no/such/folder", "--device", device, "hm"]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def has(self, monkeypatch, kind, count):
+        found = None if kind is None else torch.device(kind)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+    @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:0", "cuda:x", "mps", "0", ""])
+    def test_without_accelerators(self, monkeypatch, capsys, device):
+        self.has(monkeypatch, None, 0)
+        assert self.refusal(device, capsys).endswith("use cpu")
+
+    @pytest.mark.parametrize("device", ["cuda:2", "mps", "bar"])
+    def test_with_two(self, monkeypatch, capsys, device):
+        self.has(monkeypatch, "cuda", 2)
+        assert self.refusal(device, capsys).endswith("use cpu or cuda:0 or cuda:1")
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+    def test_usable(self, monkeypatch, capsys, device):
+        self.has(monkeypatch, "cuda", 2)
+        assert "no/such/folder" in self.refusal(device, capsys)
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["info"]])

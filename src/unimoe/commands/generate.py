@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the answer. Raises ValueError or OSError, with a message for the user, for whatever cannot be done."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if args.device is not None:
+        check_device(args.device)
     from transformers import TextStreamer, pipeline
 
     import unimoe
@@ -59,3 +61,20 @@ def run(args: argparse.Namespace) -> int:
         print(answer[0]["generated_text"].strip())
     sys.stdout.flush()
     return 0
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError, naming the devices that there are, where PyTorch cannot compute on the device `name` here."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = ["cpu"]
+    if accelerator is not None:
+        usable += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: PyTorch knows no such device; use {' or '.join(usable)}") from None
+    # Without an index, an accelerator's current device is meant.
+    if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in usable:
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; use {' or '.join(usable)}")
