@@ -388,8 +388,8 @@ class UniMoEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # Both are constants of the class, see `custom_pipelines` and `to_dict`.
-        kwargs.pop("custom_pipelines", None)
+        self.custom_pipelines = kwargs.pop("custom_pipelines", None) or {}
+        # A constant of the class, whatever folder a config comes from.
         kwargs["auto_map"] = dict(AUTO_MAP)
         default_connectors = {"vision": "mlp", "audio": "qformer", "speech": "whisper_decoder"}
         for tower, connector_type in default_connectors.items():
@@ -551,13 +551,19 @@ class UniMoEConfig(PreTrainedConfig):
 
     @property
     def custom_pipelines(self) -> dict[str, Any]:
-        """The pipeline task for `trust_remote_code=True`; empty where the installed package has registered it."""
+        """The pipeline tasks for `trust_remote_code=True`, without ours where the installed package has registered it."""
+        ours = CUSTOM_PIPELINES if type(self).__module__.startswith("transformers_modules") else {}
         # A copy, since `pipeline` puts classes in the place of the names.
-        return copy.deepcopy(CUSTOM_PIPELINES) if type(self).__module__.startswith("transformers_modules") else {}
+        return copy.deepcopy({**ours, **self._other_pipelines})
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, pipelines: dict[str, Any]):
+        # Transformers sets the tasks of a user's own pipeline when that is saved. Ours is a constant of the class.
+        self._other_pipelines = {task: info for task, info in pipelines.items() if task not in CUSTOM_PIPELINES}
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
+        output["custom_pipelines"] = copy.deepcopy({**CUSTOM_PIPELINES, **output.pop("_other_pipelines")})
         return output
 
 

@@ -1,6 +1,7 @@
 """`AnyToTextPipeline`: the task "any-to-text", text from any mix of texts, images, videos, audio and speech."""
 
 import enum
+import os
 from collections.abc import Sized
 from typing import Any
 
@@ -29,6 +30,10 @@ _GENERATE_ARGUMENTS = frozenset(
 )
 # What the pipeline asks of the chat template, since the model needs it so.
 _TEMPLATE_OPTIONS = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": False}
+# Arguments of `push_to_hub`. The size of a shard is one too, but goes to the model as well.
+_HUB_ARGUMENTS = frozenset(
+    {"repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags"}
+)
 
 
 class ReturnType(enum.Enum):
@@ -241,6 +246,32 @@ class AnyToTextPipeline(Pipeline):
         loader = DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=collate)
         outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write a folder that `pipeline("any-to-text", model=folder)` loads again, without this package as remote code.
+
+        Args:
+            save_directory: the folder, made where it is missing.
+            push_to_hub: upload the same too; `repo_id` (by default the folder's name), `token`, `private` and the other
+                arguments of `push_to_hub` may go with it.
+            kwargs: for the model's `save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        # Transformers' own would write the parts of the processor instead of it, and code only for a registered class.
+        # Model and processor bring all code along, the processor that of this file.
+        folder = os.path.abspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"save_directory={save_directory!r} is a file; give a folder.")
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS & kwargs.keys()}
+        self.model.save_pretrained(folder, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        self.processor.save_pretrained(folder)
+        if push_to_hub:
+            size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.push_to_hub(hub.pop("repo_id", os.path.basename(folder)), **hub, **size)
 
     def _collate(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         return join_requests(requests, self.processor.tokenizer.pad_token_id)
