@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from .added_tokens import read_added_tokens
 from .errors import ConversionError
-from .reader import read_json
+from .settings import read_settings
 
 SPACE = "▁"
 # Kinds of pieces in a SentencePiece model.
@@ -22,14 +23,18 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BPE_MODEL = 2
 
 
-def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_llama_tokenizer(folder: Path, num_rows: int = 0) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder with `tokenizer.model` and, usually, `tokenizer_config.json`.
 
-    Beside the ids it takes over BOS, EOS, unknown and padding token, the context length and the side of padding. Where no
-    padding token is set, it is the unknown token, as the originals set it themselves.
+    Beside the ids it takes over added and special tokens, the context length and the side of padding. Where no padding token
+    is set, it is the unknown token, as the originals set it themselves.
+
+    Args:
+        num_rows: Of the embedding; below it, ids may be left out between added tokens.
 
     Raises:
-        ConversionError: The model file is damaged, or not a BPE model as those of the Llama family.
+        ConversionError: The model file is damaged, or not a BPE model as those of the Llama family; or the other files are
+            damaged, or contradict it or one another.
     """
     file = folder / "tokenizer.model"
     model = sentencepiece_model.ModelProto()
@@ -42,35 +47,47 @@ def load_llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ConversionError(
             f"{file}: a BPE model without normalisation is needed, as Llama's is; this is another one"
         )
-    config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
-    map_file = folder / "special_tokens_map.json"
-    special = {**(read_json(map_file) if map_file.is_file() else {}), **config}
-    defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
-    special = {name: _content(special.get(name)) or default for name, default in defaults.items()}
-    if map_file.is_file() and special["pad_token"] is None:
-        special["pad_token"] = _content(read_json(map_file).get("pad_token"))
+    config, special_map = (
+        read_settings(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    special = {
+        name: _content(config.get(name)) or _content(special_map.get(name)) or default
+        for name, default in {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}.items()
+    }
     special["pad_token"] = special["pad_token"] or special["unk_token"]
+    more = config.get("additional_special_tokens") or special_map.get("additional_special_tokens") or []
+    more = [_content(token) for token in more]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    added = read_added_tokens(folder, config, vocabulary, [*special.values(), *more], num_rows)
 
     legacy = config.get("legacy") is not False
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_build(model, special, legacy, config),
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_build(model, vocabulary, special, added, legacy, config),
         **special,
+        extra_special_tokens=more,
         model_max_length=config.get("model_max_length") or 2048,
         padding_side=config.get("padding_side") or "right",
         clean_up_tokenization_spaces=False,
         legacy=legacy,
     )
-    return tokenizer
 
 
-def _build(model: Any, special: dict[str, str], legacy: bool, config: dict[str, Any]) -> Tokenizer:
-    vocabulary = {piece.piece: i for i, piece in enumerate(model.pieces)}
+def _build(
+    model: Any,
+    vocabulary: dict[str, int],
+    special: dict[str, str],
+    added: dict[int, AddedToken],
+    legacy: bool,
+    config: dict[str, Any],
+) -> Tokenizer:
+    unknown = [special["unk_token"], *(piece.piece for piece in model.pieces if piece.type == UNKNOWN)]
     tokenizer = Tokenizer(
         BPE(
             vocab=vocabulary,
             merges=_merges(model.pieces, vocabulary),
-            unk_token=special["unk_token"],
+            # It must be a piece of the model; a token that is added for it is never chosen.
+            unk_token=next((piece for piece in unknown if piece in vocabulary), None),
             fuse_unk=True,
             byte_fallback=model.trainer_spec.byte_fallback,
         )
@@ -94,17 +111,20 @@ def _build(model: Any, special: dict[str, str], legacy: bool, config: dict[str, 
             *([decoders.Strip(content=" ", left=1)] if has_prefix else []),
         ]
     )
-    names = {piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)} | set(special.values())
-    tokens = sorted(names & vocabulary.keys(), key=vocabulary.__getitem__)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    controls = {i: piece.piece for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)}
+    controls = {i: AddedToken(piece, special=True, normalized=False) for i, piece in controls.items()}
+    # In the order of their ids, for those outside of the model are numbered as they come.
+    tokenizer.add_tokens([token for _, token in sorted({**controls, **added}.items())])
+    user_defined = [
+        piece.piece for i, piece in enumerate(model.pieces) if piece.type == USER_DEFINED and i not in added
+    ]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
     first = [special["bos_token"]] if config.get("add_bos_token", True) else []
     last = [special["eos_token"]] if config.get("add_eos_token", False) else []
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
-        special_tokens=[(token, vocabulary[token]) for token in (*first, *last)],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (*first, *last)],
     )
     return tokenizer
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .errors import ConversionError
-from .reader import read_json
+from .settings import read_settings
 
 # How both split a text into words: digits one by one.
 PATTERN = (
@@ -111,7 +111,7 @@ def load_tiktoken_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in form.specials])
     config_file = file.parent / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = read_settings(config_file) if config_file.is_file() else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

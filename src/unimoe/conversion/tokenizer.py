@@ -56,7 +56,7 @@ def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
 
 def _load(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
     if (folder / "tokenizer.model").is_file():
-        return load_llama_tokenizer(folder)
+        return load_llama_tokenizer(folder, text_config.vocab_size)
     if (table := find_table(folder)) is not None:
         return load_tiktoken_tokenizer(table)
     if (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
