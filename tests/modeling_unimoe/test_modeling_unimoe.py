@@ -6,11 +6,15 @@ import pytest
 import torch
 from tiny_models import num_placeholders, tiny_config, tiny_inputs, tiny_text_config
 from transformers import AutoModel, AutoModelForMultimodalLM
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from unimoe import UniMoEForConditionalGeneration, UniMoEModel
 from unimoe.modeling_unimoe.modeling_unimoe import MEDIA_INPUTS
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
+# The vocabulary of the tiny decoder ends with 98.
+IDS_INSIDE = {"image_token_id": 95, "video_token_id": 96, "audio_token_id": 97, "speech_token_id": 98}
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +140,7 @@ def test_inputs_embeds_equal_input_ids(model):
 
 @torch.no_grad()
 def test_placeholders_inside_the_vocabulary_can_be_placed_by_embeddings():
-    ids = dict(image_token_id=95, video_token_id=96, audio_token_id=97, speech_token_id=98)
-    model = UniMoEForConditionalGeneration(tiny_config(**ids)).eval()
+    model = UniMoEForConditionalGeneration(tiny_config(**IDS_INSIDE)).eval()
     inputs = tiny_inputs(model.config)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     expected = model(**inputs).logits
@@ -153,6 +156,32 @@ def test_attention_implementations_agree(model, attention):
     other.set_attn_implementation(attention)
     assert other.model.language_model.config._attn_implementation == attention
     torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        ("eager", ["eager"] * 4),
+        ({"text_config": "eager"}, ["sdpa", "eager", "sdpa", "sdpa"]),
+        ({"": "eager", "audio_connector_config": "eager"}, ["eager", "sdpa", "sdpa", "eager"]),
+        ({"audio_connector_config": {"backbone_config": "eager"}}, ["sdpa", "sdpa", "sdpa", "eager"]),
+    ],
+    ids=str,
+)
+def test_setting_attention_warns_of_no_config_without_a_model(request_, expected):
+    model = UniMoEForConditionalGeneration(tiny_config())
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        model.set_attn_implementation(request_)
+    parts = [model, model.model.language_model, model.model.vision_tower, model.model.audio_connector.qformer]
+    assert [part.config._attn_implementation for part in parts] == expected
+    assert not log.out
+
+
+def test_an_unknown_attention_is_refused_and_changes_nothing():
+    model = UniMoEForConditionalGeneration(tiny_config())
+    with pytest.raises(ValueError, match="no_such"):
+        model.set_attn_implementation("no_such")
+    assert model.config._attn_implementation == model.model.language_model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("experts", ["unimoe", "eager", "grouped_mm", "batched_mm"])

@@ -4,7 +4,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapter_check import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from .configuration_unimoe import UniMoEConfig
@@ -41,6 +41,18 @@ class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
         std = self.config.initializer_range
         init_connector_weights(module, std)
         init_sparse_moe_weights(module, std)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+        """As [`PreTrainedModel.set_attn_implementation`], but sub-configs that no model has are left out of the request.
+
+        (Those of routing and of connectors have no attention. Transformers would set it there too, and warn of each.)
+        """
+        request, current = attn_implementation, self.config._attn_implementation
+        if not isinstance(request, dict) and request != current:
+            # What stands in for it here, such as a kernel from the hub, is what Transformers would hand on to the parts.
+            request = self._check_and_adjust_attn_implementation(request, allow_all_kernels=allow_all_kernels)
+        models = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
+        super().set_attn_implementation(_request_of_models(request, self.config, models), allow_all_kernels)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As [`PreTrainedModel.save_pretrained`], but tensors keep this model's names unless the originals' are asked for.
@@ -86,6 +98,17 @@ class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
         if not lenient:
             _check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
+
+
+def _request_of_models(request: str | dict, config: PreTrainedConfig, models: set[int]) -> dict:
+    """`request`, for `config` and its sub-configs, as a dict that names only configs whose `id` is in `models`."""
+    if not isinstance(request, dict):
+        request = dict.fromkeys(["", *config.sub_configs], request)
+    named = {
+        name: request[name] for name in config.sub_configs if name in request and getattr(config, name) is not None
+    }
+    parts = {name: _request_of_models(asked, getattr(config, name), models) for name, asked in named.items()}
+    return {"": request[""], **parts} if "" in request and id(config) in models else parts
 
 
 def _check_loading_info(folder, info: dict):
