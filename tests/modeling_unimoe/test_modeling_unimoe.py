@@ -443,6 +443,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match="pixel_values.*3, 16, 16"):
             model(**inputs)
 
+    @pytest.mark.parametrize(
+        "mask, message",
+        [
+            ([[1, 1], [0, 0], [0, 0]], "video_frame_mask.*video 1, 2"),
+            ([[1, 1, 1]], r"video_frame_mask.*\[3, 2\], got \[1, 3\]"),
+        ],
+        ids=["a_video_without_frames", "another_shape"],
+    )
+    def test_video_frame_mask(self, model, mask, message):
+        with pytest.raises(ValueError, match=message):
+            model.get_video_features(torch.zeros(3, 2, 3, 16, 16), torch.tensor(mask))
+
     def test_ids_and_embeds(self, model):
         with pytest.raises(ValueError, match="exactly one"):
             model()

@@ -28,7 +28,7 @@ from .qwen import build_decoder
 from .sparse_parts import has_router_losses
 from .sparsify import sparsify
 from .step_statistics import attention_mask_of, step_weights
-from .vision_features import UniMoEVisionOutput, encode_images
+from .vision_features import UniMoEVisionOutput, encode_images, encode_videos
 
 # The input that carries each modality, as `forward` names it.
 MEDIA_INPUTS = {
@@ -167,32 +167,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
             `hidden_states` and `attentions` are those of the tower, one row per real frame.
 
         Raises:
-            ValueError: The model has no vision tower, a video has no frame, or frames have another size than it takes.
+            ValueError: The model has no vision tower, a video has no frame, frames have another size than it takes, or the mask
+                has another shape than stated.
         """
         self._require_tower("video", pixel_values_videos)
-        if pixel_values_videos.ndim != 5:
-            raise ValueError(f"`pixel_values_videos` must be [N, F, 3, R, R], got {list(pixel_values_videos.shape)}")
-        num_videos, num_frames = pixel_values_videos.shape[:2]
-        if num_frames == 0:
-            raise ValueError("`pixel_values_videos` has no frames")
-        frames = pixel_values_videos.flatten(0, 1)
-        if video_frame_mask is None:
-            outputs = self.get_image_features(frames, return_dict=True, **kwargs)
-            outputs.pooler_output = outputs.pooler_output.unflatten(0, (num_videos, num_frames)).mean(dim=1)
-            outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, (num_videos, num_frames))
-            return outputs
-        # Padding frames are left out before the tower, which costs far more than this selection.
-        is_real = video_frame_mask.flatten().bool()
-        outputs = self.get_image_features(frames[is_real], return_dict=True, **kwargs)
-        video_index = torch.arange(num_videos, device=is_real.device).repeat_interleave(num_frames)[is_real]
-        features = outputs.pooler_output
-        total = features.new_zeros((num_videos, *features.shape[1:])).index_add(0, video_index, features)
-        outputs.pooler_output = total / video_frame_mask.sum(dim=1).to(total.dtype).view(-1, 1, 1)
-        selected = outputs.last_hidden_state
-        every_frame = selected.new_zeros((len(frames), *selected.shape[1:]))
-        every_frame[is_real] = selected
-        outputs.last_hidden_state = every_frame.unflatten(0, (num_videos, num_frames))
-        return outputs
+        return encode_videos(self.get_image_features, pixel_values_videos, video_frame_mask, **kwargs)
 
     @can_return_tuple
     def get_audio_features(

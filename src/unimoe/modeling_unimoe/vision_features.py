@@ -1,8 +1,9 @@
-"""From images to embeddings: the vision tower at every scale, the selected layer, the connector.
+"""From images to embeddings: the vision tower at every scale, the selected layer, the connector; videos as means of frames.
 
-Shape letters: N images, R image side, P tokens per image, H decoder width, E experts.
+Shape letters: N images or videos, F frames, R image side, P tokens per image, H decoder width, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,3 +65,65 @@ def encode_images(
         router_logits=tuple(router_logits) or None,
         connector_router_logits=connector_router_logits(connector, features) if output_router_logits else None,
     )
+
+
+def encode_videos(
+    encode_frames: Callable[..., UniMoEVisionOutput],
+    pixel_values_videos: torch.Tensor,
+    video_frame_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> UniMoEVisionOutput:
+    """Embeddings [N, P, H] of videos [N, F, 3, R, R]: the mean over their real frames of what `encode_frames` makes of each.
+
+    `last_hidden_state` is [N, F, P, width], zero for frames that are not real; `hidden_states` and `attentions` have one row
+    per real frame. Further arguments go to `encode_frames`.
+
+    Raises:
+        ValueError: The videos or the mask have a wrong shape, or a video has no frame.
+    """
+    _check_video_shapes(pixel_values_videos, video_frame_mask)
+    num_videos, num_frames = pixel_values_videos.shape[:2]
+    frames = pixel_values_videos.flatten(0, 1)
+    if video_frame_mask is None:
+        outputs = encode_frames(frames, return_dict=True, **kwargs)
+        outputs.pooler_output = outputs.pooler_output.unflatten(0, (num_videos, num_frames)).mean(dim=1)
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, (num_videos, num_frames))
+        return outputs
+    frames_per_video = video_frame_mask.bool().sum(dim=1)
+    _check_every_video_has_a_frame(frames_per_video)
+    # Padding frames are left out before the tower, which costs far more than this selection.
+    is_real = video_frame_mask.flatten().bool()
+    outputs = encode_frames(frames[is_real], return_dict=True, **kwargs)
+    video_index = torch.arange(num_videos, device=is_real.device).repeat_interleave(num_frames)[is_real]
+    features = outputs.pooler_output
+    total = features.new_zeros((num_videos, *features.shape[1:])).index_add(0, video_index, features)
+    outputs.pooler_output = total / frames_per_video.to(total.dtype).view(-1, 1, 1)
+    selected = outputs.last_hidden_state
+    every_frame = selected.new_zeros((len(frames), *selected.shape[1:]))
+    every_frame[is_real] = selected
+    outputs.last_hidden_state = every_frame.unflatten(0, (num_videos, num_frames))
+    return outputs
+
+
+def _check_video_shapes(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Tensor | None):
+    if pixel_values_videos.ndim != 5:
+        raise ValueError(f"`pixel_values_videos` must be [N, F, 3, R, R], got {list(pixel_values_videos.shape)}")
+    shape = pixel_values_videos.shape[:2]
+    if shape[1] == 0:
+        raise ValueError("`pixel_values_videos` has no frames")
+    if video_frame_mask is not None and video_frame_mask.shape != shape:
+        raise ValueError(
+            f"`video_frame_mask` must have one entry per frame, {list(shape)}, got {list(video_frame_mask.shape)}"
+        )
+
+
+def _check_every_video_has_a_frame(frames_per_video: torch.Tensor):
+    # What a graph is captured from has shapes and no values.
+    if torch.compiler.is_compiling():
+        return
+    empty = (frames_per_video == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"`video_frame_mask` has no real frame for video {', '.join(map(str, empty))} (counted from 0): mark at least one "
+            "frame with 1, or leave the video out"
+        )
