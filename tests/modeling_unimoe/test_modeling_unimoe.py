@@ -148,6 +148,36 @@ def test_placeholders_inside_the_vocabulary_can_be_placed_by_embeddings():
     torch.testing.assert_close(found, expected)
 
 
+@torch.no_grad()
+def test_embeddings_that_are_scaled_place_placeholders():
+    text_config = tiny_text_config(model_type="gemma3_text", head_dim=8)
+    model = UniMoEForConditionalGeneration(tiny_config(text_config=text_config, text_sparsity=None)).eval()
+    model.resize_token_embeddings(model.config.speech_token_id + 1, mean_resizing=False)
+    inputs = tiny_inputs(model.config)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    found = model(inputs_embeds=embeds, **media_of(inputs)).logits
+    torch.testing.assert_close(found, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"], "init_lora_weights": False},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 95]}},
+    ],
+    ids=["lora", "trainable_tokens"],
+)
+@torch.no_grad()
+def test_adapted_embeddings_place_placeholders(options):
+    peft = pytest.importorskip("peft")
+    model = UniMoEForConditionalGeneration(tiny_config(**IDS_INSIDE)).eval()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).eval()
+    inputs = tiny_inputs(model.config)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    found = adapted(inputs_embeds=embeds, **media_of(inputs)).logits
+    torch.testing.assert_close(found, adapted(**inputs).logits)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_attention_implementations_agree(model, attention):
@@ -454,6 +484,12 @@ class TestRefusals:
     def test_video_frame_mask(self, model, mask, message):
         with pytest.raises(ValueError, match=message):
             model.get_video_features(torch.zeros(3, 2, 3, 16, 16), torch.tensor(mask))
+
+    @pytest.mark.parametrize("ids", [[[1, 999999]], [[103, 5]], [[999999]], [[99]], [[-1, 1]]], ids=str)
+    def test_ids_that_are_neither_words_nor_placeholders(self, model, ids):
+        """A placeholder alone and without features (99) is none."""
+        with pytest.raises(IndexError, match="out of range"):
+            model(input_ids=torch.tensor(ids))
 
     def test_ids_and_embeds(self, model):
         with pytest.raises(ValueError, match="exactly one"):

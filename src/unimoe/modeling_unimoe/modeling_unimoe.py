@@ -5,6 +5,7 @@ chunks) of the whole batch in reading order, P tokens per image, Q tokens per so
 """
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -260,13 +261,20 @@ class UniMoEModel(UniMoEPreTrainedModel):
         token_id = getattr(self.config, f"{modality}_token_id")
         if input_ids is not None:
             return input_ids == token_id
-        table = self.get_input_embeddings()
-        if token_id >= table.num_embeddings:
+        if self._beyond_vocabulary([modality]):
             raise ValueError(
                 f"{modality} inputs cannot be placed by `inputs_embeds` alone, since `{modality}_token_id` ({token_id}) has "
                 "no embedding in this model: pass `input_ids`, or embeddings into which the features are already put"
             )
-        return (inputs_embeds == table.weight[token_id]).all(dim=-1)
+        # The table is called, not read: its weight may be offloaded, and adapters and scales act in its forward pass.
+        placeholder = self.get_input_embeddings()(torch.full((1, 1), token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(dim=-1)
+
+    def _beyond_vocabulary(self, modalities: Iterable[str]) -> list[str]:
+        """Those of `modalities` whose placeholder has no embedding, as in checkpoints that keep the original's table."""
+        # Resizing keeps the configuration's number right; an adapter around the table has none.
+        size = self.config.text_config.vocab_size
+        return [modality for modality in modalities if getattr(self.config, f"{modality}_token_id") >= size]
 
     def _splice(
         self,
@@ -275,19 +283,21 @@ class UniMoEModel(UniMoEPreTrainedModel):
         encoded: dict[str, BaseModelOutputWithPooling],
     ) -> torch.Tensor:
         """[B, S, H] embeddings in which the k-th placeholder of a modality, in reading order, is its k-th feature."""
-        if input_ids is not None:
-            table = self.get_input_embeddings()
-            # Placeholders beyond the vocabulary are overwritten below, so any row of the table will do for them.
-            beyond = input_ids >= table.num_embeddings
-            inputs_embeds = table(input_ids.masked_fill(beyond, 0))
-        text_embeds = inputs_embeds
         # A step of generation has nothing to place.
         is_step = not encoded and input_ids is not None and input_ids.shape[1] == 1
-        for modality in () if is_step else MODALITIES:
+        modalities = () if is_step else MODALITIES
+        beyond = self._beyond_vocabulary(modalities)
+        if input_ids is not None:
+            ids = input_ids
+            for modality in beyond:
+                # Overwritten below, or refused, so any row of the table will do.
+                ids = ids.masked_fill(self.placeholder_mask(modality, input_ids, None), 0)
+            inputs_embeds = self.get_input_embeddings()(ids)
+        text_embeds = inputs_embeds
+        for modality in modalities:
             if encoded.get(modality) is None:
-                token_id = getattr(self.config, f"{modality}_token_id")
-                if input_ids is not None and input_ids.shape[1] > 1 and token_id >= table.num_embeddings:
-                    self._check_count(modality, input_ids == token_id, 0)
+                if input_ids is not None and modality in beyond:
+                    self._check_count(modality, self.placeholder_mask(modality, input_ids, None), 0)
                 continue
             features = encoded[modality].pooler_output
             mask = self.placeholder_mask(modality, input_ids, text_embeds)
