@@ -285,14 +285,16 @@ class UniMoEAudioEncoder(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_attention_heads)
         self.layers = nn.ModuleList([UniMoEAudioEncoderLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def position_bias(self, num_tokens: int) -> torch.Tensor | None:
-        """The bias [1, A, T, T] before gating, the same for all chunks and layers; None where the config has none."""
+    def position_bias(self, num_tokens: int, device: torch.device | None = None) -> torch.Tensor | None:
+        """The bias [1, A, T, T] before gating, the same for all chunks and layers; None where the config has none.
+
+        `device` is where the tokens are. The table's own device says nothing of it while an offloaded table is away.
+        """
         if self.relative_attention_bias is None:
             return None
-        table = self.relative_attention_bias.weight
         # Only 2T-1 distances exist: look those up, then slide a window over them instead of looking up T*T pairs.
         # Falling distances, because a window can only move towards higher indices as the query does.
-        distance = torch.arange(num_tokens - 1, -num_tokens, -1, device=table.device)
+        distance = torch.arange(num_tokens - 1, -num_tokens, -1, device=device)
         buckets = relative_position_buckets(distance, self.config.num_buckets, self.config.max_bucket_distance)
         windows = self.relative_attention_bias(buckets).transpose(0, 1).unfold(-1, num_tokens, 1)
         return windows.flip(-1).unsqueeze(0)
@@ -310,7 +312,7 @@ class UniMoEAudioEncoder(nn.Module):
             hidden_states = self.layer_norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
 
-        position_bias = self.position_bias(hidden_states.shape[1])
+        position_bias = self.position_bias(hidden_states.shape[1], hidden_states.device)
         for layer in self.layers:
             # LayerDrop (Fan et al. 2019, arXiv 1909.11556)
             if self.training and self.config.layerdrop > 0 and torch.rand([]) < self.config.layerdrop:
