@@ -1,12 +1,14 @@
 """Evenly spaced frames of a video file, read by seeking instead of decoding everything."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from itertools import islice
+from itertools import dropwhile, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import av
+from av.video.frame import PictureType
 from PIL import Image
 
 from .media_source import MediaError, check_complete, label, one_line
@@ -16,8 +18,15 @@ SAFE_FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,ogg,mpegts,mpeg,flv,asf,nut,"
     "wav,w64,flac,mp3,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,dts"
 )
-# Formats without an index, where a seek only rewinds.
-UNSEEKABLE_FORMATS = ("gif",)
+# Formats that are read from the beginning: GIF, where a seek only rewinds, and those of the next line.
+UNSEEKABLE_FORMATS = ("gif", "mpeg")
+# In an MPEG program stream a frame need not have a time of its own, and what is filled in depends on where reading began. So
+# its frames, which are equally long, are numbered.
+FORMATS_WITHOUT_TIMES = ("mpeg",)
+# Formats without an index, where a seek leads to any packet (of a key frame or not) by the time at which it is decoded.
+FORMATS_SOUGHT_BY_DECODING_TIME = ("mpegts", "mpeg")
+# No frame is decoded this long before it is shown.
+MOST_SECONDS_BETWEEN_DECODING_AND_SHOWING = 3600
 # Codecs whose frames say whether any other frame is built on them. (H.265's say so only within a temporal layer.)
 CODECS_WITH_MARKED_REFERENCES = ("h264",)
 
@@ -68,6 +77,18 @@ def read_frames(source: Path | bytes, num_frames: int, name: str) -> tuple[list[
     return frames, reader.num_decoded
 
 
+class _Stop(NamedTuple):
+    """A time of which the frame is wanted, and the way there."""
+
+    # The frame is the last one that does not begin after this.
+    limit: Fraction
+    # Where to seek to, and the time of the key frame behind it from which to decode.
+    target: int
+    keyframe: int
+    # The frame's own time where it is known.
+    wanted: int | None = None
+
+
 class _FrameReader:
     """Picks frames out of the first video stream of an open container. Times are in the stream's own ticks."""
 
@@ -75,19 +96,22 @@ class _FrameReader:
         self.container = container
         self.stream = container.streams.video[0]
         self.beginning = self.stream.start_time or 0
+        self.by_decoding_time = container.format.name in FORMATS_SOUGHT_BY_DECODING_TIME
+        if self.by_decoding_time and self.stream.time_base:
+            # The first frame's own time would lead behind its packet, which is decoded earlier.
+            self.beginning -= int(MOST_SECONDS_BETWEEN_DECODING_AND_SHOWING / self.stream.time_base)
         self.num_decoded = 0
         # Frames shown before this time are decoded only where others are built on them; None: all are decoded.
         self.wanted: int | None = None
 
     def read(self, num_frames: int) -> list[Image.Image]:
         fps = self.stream.average_rate or self.stream.guessed_rate
-        seekable = self.container.format.name not in UNSEEKABLE_FORMATS
-        total = int(self._duration() * float(fps)) if seekable and fps and self.stream.time_base else 0
-        if total < num_frames:
-            # Hardly any frames, or no duration: count them.
-            return self._read_all(num_frames)
-        ticks_per_frame = 1 / (fps * self.stream.time_base)
-        return self._read_by_seeking(total, num_frames, ticks_per_frame) or self._read_all(num_frames)
+        total = int(self._duration() * float(fps)) if fps and self.stream.time_base else 0
+        images: list[Image.Image] = []
+        if total >= num_frames and self.container.format.name not in UNSEEKABLE_FORMATS:
+            images = self._read_by_seeking(total, num_frames, 1 / (fps * self.stream.time_base))
+        # Hardly any frames, no duration, or no way to seek: count them.
+        return images or self._read_all(num_frames, total if self.by_decoding_time else 0)
 
     def _duration(self) -> float:
         """In seconds; 0 where the file does not tell.
@@ -99,23 +123,53 @@ class _FrameReader:
     def _read_by_seeking(self, total: int, num_frames: int, ticks_per_frame: Fraction) -> list[Image.Image]:
         """Nothing where the file cannot be read this way."""
         try:
-            first = self._time_after_seek(self.beginning)
+            first = self._first_keyframe()
             if first is None:
                 return []
-            limits = _limits(first, ticks_per_frame, total, num_frames)
-            keyframes = [self._keyframe_before(limit) for limit in limits]
-            if None in keyframes:
+            stops = [self._way_to(limit) for limit in _limits(first, ticks_per_frame, total, num_frames)]
+            if None in stops:
                 return []
-            wanted = [self._time_shown(limit, target) for limit, (target, _) in zip(limits, keyframes)]
+            stops = [stop._replace(wanted=self._time_shown(stop)) for stop in stops]
         except av.FFmpegError:
             return []
-        return self._pick(limits, keyframes, ticks_per_frame, wanted)
+        return self._pick(stops, ticks_per_frame)
 
-    def _time_shown(self, limit: Fraction, target: int) -> int | None:
-        """Time of the frame that is on at `limit`, by the packets behind `target`; None where frames cannot be left out."""
+    def _first_keyframe(self) -> int | None:
+        """Its time. A recording may begin between two key frames; what comes before the first cannot be decoded."""
+        self.container.seek(self.beginning, stream=self.stream)
+        packets = self.container.demux(self.stream)
+        return next((packet.pts for packet in packets if packet.size and packet.is_keyframe), None)
+
+    def _way_to(self, limit: Fraction) -> _Stop | None:
+        """How to show what is on at `limit`; None where no key frame is found before it."""
+        back = 0
+        while True:
+            target = max(int(limit) - back, self.beginning)
+            keyframe = self._keyframe_behind(target, limit)
+            if keyframe is not None:
+                return _Stop(limit, target, keyframe)
+            # Formats indexed by decoding time may land behind what is shown.
+            if target == self.beginning:
+                return None
+            back = 2 * back or int(1 / self.stream.time_base)
+
+    def _keyframe_behind(self, target: int, limit: Fraction) -> int | None:
+        """Time of the last key frame shown by `limit`, among the packets that a seek to `target` leads to."""
+        self.container.seek(target, stream=self.stream)
+        found = None
+        for packet in self.container.demux(self.stream):
+            if packet.size and packet.is_keyframe and packet.pts is not None and packet.pts <= limit:
+                found = packet.pts if found is None else max(found, packet.pts)
+            # No frame is shown before it is decoded, and a seek to the limit itself leads to the last key frame there is.
+            if packet.dts is None or packet.dts > limit or (found is not None and target == int(limit)):
+                break
+        return found
+
+    def _time_shown(self, stop: _Stop) -> int | None:
+        """Time of the frame that is on at a stop, by the packets on the way; None where frames cannot be left out."""
         if self.stream.codec_context.name not in CODECS_WITH_MARKED_REFERENCES:
             return None
-        self.container.seek(target, stream=self.stream)
+        self.container.seek(stop.target, stream=self.stream)
         shown = None
         for packet in self.container.demux(self.stream):
             if not packet.size:
@@ -123,86 +177,93 @@ class _FrameReader:
             if packet.pts is None or packet.dts is None:
                 return None
             # No frame is shown before it is decoded.
-            if packet.dts > limit:
+            if packet.dts > stop.limit:
                 break
-            if packet.pts <= limit and (shown is None or packet.pts > shown):
+            if packet.pts <= stop.limit and (shown is None or packet.pts > shown):
                 shown = packet.pts
         return shown
 
-    def _time_after_seek(self, target: int) -> int | None:
-        """Time of the first packet that a seek leads to."""
-        self.container.seek(target, stream=self.stream)
-        return next((packet.pts for packet in self.container.demux(self.stream) if packet.size), None)
+    def _read_all(self, num_frames: int, known_total: int) -> list[Image.Image]:
+        """One pass through the packets to count them, one through the frames.
 
-    def _keyframe_before(self, limit: Fraction) -> tuple[int, int] | None:
-        """Where to seek to in order to show what is on at `limit`, and the time of the key frame found there."""
-        back = 0
-        while True:
-            target = max(int(limit) - back, self.beginning)
-            time = self._time_after_seek(target)
-            if time is None:
-                return None
-            if time <= limit:
-                return target, time
-            # Formats indexed by decoding time may land behind what is shown.
-            if target == self.beginning:
-                return None
-            back = 2 * back or int(1 / self.stream.time_base)
-
-    def _read_all(self, num_frames: int) -> list[Image.Image]:
-        """One pass through the packets to count them, one through the frames."""
+        `known_total` is the number of frames by the duration, 0 where it is not to be used.
+        """
         self.container.seek(self.beginning, stream=self.stream)
-        times = [packet.pts for packet in self.container.demux(self.stream) if packet.size]
+        packets = [(packet.pts, packet.is_keyframe) for packet in self.container.demux(self.stream) if packet.size]
+        # A recording may begin between two key frames.
+        skipped = next((index for index, (_, is_keyframe) in enumerate(packets) if is_keyframe), 0)
+        times = [time for time, _ in packets[skipped:]]
         total = len(times)
         if total <= num_frames:
-            self.container.seek(self.beginning, stream=self.stream)
-            return [_upright(frame) for frame in islice(self._decode(), num_frames)]
-        timed = None not in times
-        times = sorted(times) if timed else range(total)
+            return [_upright(frame) for frame in islice(self._decode_all(skipped, timed=False), num_frames)]
+        timed = None not in times and self.container.format.name not in FORMATS_WITHOUT_TIMES
+        # What is shown before the first key frame is built on frames that are not there.
+        times = sorted(time for time in times if time >= times[0]) if timed else range(total)
+        total = len(times)
         # The mean rate: GIF frames last unequally long.
         ticks_per_frame = Fraction(times[-1] - times[0], total - 1)
-        limits = _limits(times[0], ticks_per_frame, total, num_frames)
-        keyframes = [(self.beginning, times[0])] * num_frames
-        return self._pick(limits, keyframes, ticks_per_frame, [None] * num_frames, timed)
+        # Rounded to a hundredth of a second, as the original has it, a duration may make one frame less. Further off, it is
+        # that of the sound, or guessed from the last time in the file, behind which frames without a time may follow.
+        total = known_total if abs(known_total - total) == 1 else total
+        return self._pick_in_order(
+            _limits(times[0], ticks_per_frame, total, num_frames), ticks_per_frame, skipped, timed
+        )
 
-    def _pick(
-        self,
-        limits: list[Fraction],
-        keyframes: list[tuple[int, int]],
-        ticks_per_frame: Fraction,
-        wanted: list[int | None],
-        timed: bool = True,
+    def _pick_in_order(
+        self, limits: list[Fraction], ticks_per_frame: Fraction, skipped: int, timed: bool
     ) -> list[Image.Image]:
-        """For every limit, in rising order, the last frame that does not begin after it; nothing if one is missing.
+        """For every limit, in rising order, the last frame that does not begin after it, without any seek between."""
+        frames = self._decode_all(skipped, timed)
+        shown, ahead = None, next(frames, None)
+        images = []
+        for limit in limits:
+            shown, ahead = _advance(frames, shown, ahead, limit, ticks_per_frame)
+            # The first frames may be missing, where others that were cut off are needed for them.
+            frame = shown or ahead
+            if frame is None:
+                return []
+            images.append(_upright(frame))
+        return images
 
-        `wanted` are the times of those frames where they are known.
+    def _pick(self, stops: list[_Stop], ticks_per_frame: Fraction) -> list[Image.Image]:
+        """For every stop, in rising order, the last frame that does not begin after it; nothing if one is missing.
+
         `shown` is that frame; `ahead` is one decoded beyond it.
         """
         images: list[Image.Image] = []
         frames: Iterator[av.VideoFrame] = iter(())
         shown = ahead = None
-        for limit, (target, keyframe), self.wanted in zip(limits, keyframes, wanted):
+        for stop in stops:
+            self.wanted = stop.wanted
             # Seek only where it skips something.
-            if shown is None or keyframe > (ahead or shown).pts:
-                self.container.seek(target, stream=self.stream)
-                frames, shown, ahead = self._decode(timed), None, None
-            while ahead is None or ahead.pts <= limit:
-                if ahead is not None:
-                    shown, ahead = ahead, None
-                # A frame whose own time is wanted needs no look at the next one.
-                if shown is not None and limit - shown.pts < ticks_per_frame / 2:
-                    break
-                ahead = next(frames, None)
-                if ahead is None:
-                    break
+            if shown is None or stop.keyframe > (ahead or shown).pts:
+                frames = self._decode_from(stop)
+                shown, ahead = None, next(frames, None)
+                # Packets are also marked where a picture is renewed bit by bit, which takes some frames to be whole.
+                if ahead is None or ahead.pict_type == PictureType.P:
+                    return []
+            shown, ahead = _advance(frames, shown, ahead, stop.limit, ticks_per_frame)
             if shown is None:
                 return []
             images.append(_upright(shown))
         return images
 
-    def _decode(self, timed: bool = True) -> Iterator[av.VideoFrame]:
+    def _decode_from(self, stop: _Stop) -> Iterator[av.VideoFrame]:
+        """The frames from a stop's key frame on."""
+        self.container.seek(stop.target, stream=self.stream)
+        packets = self.container.demux(self.stream)
+        return self._decode(dropwhile(lambda packet: packet.pts != stop.keyframe or not packet.is_keyframe, packets))
+
+    def _decode_all(self, skipped: int, timed: bool) -> Iterator[av.VideoFrame]:
+        """The frames of the whole stream behind its first `skipped` packets."""
+        self.container.seek(self.beginning, stream=self.stream)
+        self.wanted = None
+        return self._decode(islice(self.container.demux(self.stream), skipped, None), timed)
+
+    def _decode(self, packets: Iterable[av.Packet], timed: bool = True) -> Iterator[av.VideoFrame]:
+        """Frames without a time are left out; without `timed`, their numbers become their times."""
         index = 0
-        for packet in self.container.demux(self.stream):
+        for packet in packets:
             skips = self.wanted is not None and packet.pts is not None and packet.pts < self.wanted
             self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
             for frame in packet.decode():
@@ -212,6 +273,26 @@ class _FrameReader:
                 index += 1
                 if frame.pts is not None:
                     yield frame
+
+
+def _advance(
+    frames: Iterator[av.VideoFrame],
+    shown: av.VideoFrame | None,
+    ahead: av.VideoFrame | None,
+    limit: Fraction,
+    ticks_per_frame: Fraction,
+) -> tuple[av.VideoFrame | None, av.VideoFrame | None]:
+    """The last frame that does not begin after `limit`, and the one behind it if that was decoded too."""
+    while ahead is None or ahead.pts <= limit:
+        if ahead is not None:
+            shown, ahead = ahead, None
+        # A frame whose own time is wanted needs no look at the next one.
+        if shown is not None and limit - shown.pts < ticks_per_frame / 2:
+            break
+        ahead = next(frames, None)
+        if ahead is None:
+            break
+    return shown, ahead
 
 
 def _limits(start: int, ticks_per_frame: Fraction, total: int, num_frames: int) -> list[Fraction]:
