@@ -193,13 +193,12 @@ class _FrameReader:
         # A recording may begin between two key frames.
         skipped = next((index for index, (_, is_keyframe) in enumerate(packets) if is_keyframe), 0)
         times = [time for time, _ in packets[skipped:]]
+        timed = None not in times and self.container.format.name not in FORMATS_WITHOUT_TIMES
+        # What is shown before the first key frame is built on frames that are not there.
+        times = sorted(time for time in times if time >= times[0]) if timed else range(len(times))
         total = len(times)
         if total <= num_frames:
             return [_upright(frame) for frame in islice(self._decode_all(skipped, timed=False), num_frames)]
-        timed = None not in times and self.container.format.name not in FORMATS_WITHOUT_TIMES
-        # What is shown before the first key frame is built on frames that are not there.
-        times = sorted(time for time in times if time >= times[0]) if timed else range(total)
-        total = len(times)
         # The mean rate: GIF frames last unequally long.
         ticks_per_frame = Fraction(times[-1] - times[0], total - 1)
         # Rounded to a hundredth of a second, as the original has it, a duration may make one frame less. Further off, it is
