@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 
 import pytest
 import torch
@@ -159,6 +160,50 @@ def test_what_downloads_leave_instead(tmp_path, name, content, message):
         read_file(tmp_path / name)
 
 
+def _tar(file):
+    """As the first versions of torch wrote: an archive of three members."""
+    with tarfile.open(file, "w") as archive:
+        for name in ("sys_info", "pickle", "tensors"):
+            archive.addfile(tarfile.TarInfo(name))
+
+
+@pytest.mark.parametrize("content", ["tar", "zeros"])
+def test_nothing_recommends_to_run_what_is_in_a_file(tmp_path, content):
+    """torch refuses a tar archive with the advice to load it without the safeguard."""
+    file = tmp_path / "weights.bin"
+    if content == "tar":
+        _tar(file)
+    else:
+        file.write_bytes(bytes(2048))
+    with pytest.raises(
+        ConversionError, match="a tar archive" if content == "tar" else "truncated or corrupt"
+    ) as error:
+        read_file(file)
+    assert "weights_only" not in str(error.value) and "torch.load" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (torch.Tensor.to_sparse, r"sparse \(torch.sparse_coo\)"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), r"quantised|truncated or corrupt"),
+    ],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_not_plain_are_refused(tmp_path, make, kind, is_zip):
+    tensor = make(torch.eye(3))
+    torch.save({"plain": torch.ones(2), "odd": tensor}, tmp_path / "w.bin", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ConversionError, match=rf"w\.bin: (tensor 'odd' is )?({kind})"):
+        read_file(tmp_path / "w.bin")
+
+
+def test_an_index_with_something_else_than_names_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(ConversionError, match=r"index\.json: 'weight_map' has 5 as the file of a"):
+        read_weights(tmp_path)
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConversionError, match=r"absent\.bin: no such file"):
         read_file(tmp_path / "absent.bin")
@@ -189,7 +234,7 @@ def test_a_name_in_two_files_is_refused(tmp_path):
         read_files([tmp_path / "one.bin", tmp_path / "two.bin"])
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", ""])
+@pytest.mark.parametrize("content", ["{", "[1]", "", "[" * 100_000])
 def test_json_must_be_an_object(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConversionError, match="config.json"):

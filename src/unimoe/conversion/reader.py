@@ -165,6 +165,10 @@ def _shards(index: Path, hint: str) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index}: no 'weight_map' in it: {DAMAGED}")
+    if wrong := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+        raise ConversionError(
+            f"{index}: 'weight_map' has {weight_map[wrong[0]]!r} as the file of {wrong[0]}: {DAMAGED}"
+        )
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -228,13 +232,15 @@ def read_pickle(file: Path) -> Any:
                 "Take the file from its original source, or use a .safetensors version"
             ) from None
         raise ConversionError(f"{file}: {_what_else(file) or DAMAGED}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, TypeError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise ConversionError(
+            f"{file}: {_what_else(file) or f'cannot be read ({error.strerror or DAMAGED})'}"
+        ) from None
+    except (RuntimeError, EOFError, LookupError, AttributeError, ValueError, TypeError, zipfile.BadZipFile) as error:
         if isinstance(error, ConversionError):
             raise
-        if other := _what_else(file):
-            raise ConversionError(f"{file}: {other}") from None
-        detail = str(error).strip().splitlines()
-        raise ConversionError(f"{file}: {DAMAGED} ({detail[0] if detail else type(error).__name__})") from None
+        # Nothing of torch's own text, which recommends to load such files without the safeguard against code.
+        raise ConversionError(f"{file}: {_what_else(file) or DAMAGED}") from None
     return _replace_tensors(content, file, "", checksums)
 
 
@@ -248,11 +254,14 @@ def _is_plain_pickle(file: Path) -> bool:
 def _what_else(file: Path) -> str | None:
     """What a file is that downloads often leave in the place of weights."""
     with open(file, "rb") as raw:
-        start = raw.read(200).lstrip().lower()
+        raw_start = raw.read(512)
+    start = raw_start[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself; run `git lfs pull` or download the file"
     if start.startswith((b"<!doctype", b"<html")):
         return "a web page, not the file itself; download it again, with access to the repository"
+    if raw_start[257:262] == b"ustar":
+        return "a tar archive, as the first versions of torch wrote, which cannot be read safely; save it in a newer format"
     return None
 
 
@@ -271,6 +280,9 @@ def _zip_checksums(file: Path) -> dict[int, tuple[int, int]]:
 
 
 def _replace_tensors(value: Any, file: Path, name: str, checksums: dict[int, tuple[int, int]]) -> Any:
+    if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized):
+        kind = f"quantised ({value.dtype})" if value.is_quantized else f"sparse ({value.layout})"
+        raise ConversionError(f"{file}: tensor {name!r} is {kind}; only plain tensors can be converted")
     if isinstance(value, FakeTensor):
         storage = value.untyped_storage()
         start = storage._checkpoint_offset
@@ -325,7 +337,7 @@ def read_json(file: Path) -> dict[str, Any]:
     _require_file(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConversionError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{file}: a JSON object is needed, found a {type(content).__name__}")
