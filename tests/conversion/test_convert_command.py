@@ -455,7 +455,8 @@ def test_without_remote_code(release, tmp_path):
     folder = tmp_path / "model"
     assert not list(folder.glob("*.py"))
     for file in folder.glob("*.json"):
-        assert not {"auto_map", "custom_pipelines"} & json.loads(file.read_text()).keys()
+        # At no depth: the processor's file holds those of its parts.
+        assert not re.search('"(auto_map|custom_pipelines)"', file.read_text()), file.name
     assert "trust_remote_code" not in (folder / "README.md").read_text()
     from transformers import pipeline
 

@@ -15,9 +15,10 @@ from .decoders import DECODERS
 from .errors import ConversionError
 from .expressions import Constant, Expression, Stack
 from .family import Conversion
-from .llava import build, projector, select_strategy, sequential_targets
-from .plan import Account, model_shapes
-from .reader import read_file, read_json, read_weights
+from .llava import build, complete, projector, select_strategy, sequential_targets
+from .plan import Account
+from .reader import read_file, read_weights
+from .settings import naming, read_settings, require
 from .towers import read_vision_settings
 
 ORIGIN = "; download the whole folder from https://huggingface.co/shi-labs"
@@ -58,6 +59,11 @@ def plan_cumo(paths: CuMoPaths) -> Conversion:
     if not paths.checkpoint.is_dir():
         raise ConversionError(f"{paths.checkpoint}: no such folder, given as --checkpoint{ORIGIN}")
     file = paths.checkpoint / "config.json"
+    with naming(file):
+        return _plan(paths, file)
+
+
+def _plan(paths: CuMoPaths, file: Path) -> Conversion:
     config = _read_config(file)
     account = Account()
     weights = _load(paths.checkpoint, account)
@@ -71,9 +77,9 @@ def plan_cumo(paths: CuMoPaths) -> Conversion:
     model_config = build(
         {
             "text_config": decoder.config(config, file),
-            "text_sparsity": _decoder_sparsity(config),
+            "text_sparsity": _decoder_sparsity(config, file),
             "vision_config": vision_config,
-            "vision_sparsity": _sparsity(config) if config.get("clip_smoe") else None,
+            "vision_sparsity": _sparsity(config, file) if config.get("clip_smoe") else None,
             "vision_connector_config": connector,
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": select_strategy(config, file),
@@ -81,11 +87,7 @@ def plan_cumo(paths: CuMoPaths) -> Conversion:
         },
         file,
     )
-    plan = account.plan(targets)
-    try:
-        plan.check(model_shapes(model_config))
-    except ConversionError as error:
-        raise ConversionError(f"{paths.checkpoint}: {error}") from None
+    plan = complete(account, targets, model_config, file, str(paths.checkpoint))
     stage = "" if config.get("clip_smoe") or config.get("mlp_smoe") else " after its second stage (dense)"
     return Conversion(
         config=model_config,
@@ -107,7 +109,7 @@ def plan_cumo(paths: CuMoPaths) -> Conversion:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConversionError(f"{file.parent}: config.json is missing{ORIGIN}")
-    config = read_json(file)
+    config = read_settings(file)
     kind = config.get("model_type")
     if kind not in MODEL_TYPES or "scales" not in config:
         other = _other_family(str(kind), config)
@@ -153,8 +155,9 @@ def _scales(config: dict[str, Any], file: Path) -> list[int] | None:
     return [1, *scales[1:]] if len(scales) > 1 else None
 
 
-def _sparsity(config: dict[str, Any]) -> dict[str, Any]:
+def _sparsity(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """Vision encoder and connector have the same number of experts, and statistics of every image or tile of its own."""
+    require(config, ("num_experts", "num_selected"), file, "though vision encoder or connector have experts")
     return {
         "layers": "all",
         "num_experts": config["num_experts"],
@@ -164,10 +167,11 @@ def _sparsity(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _decoder_sparsity(config: dict[str, Any]) -> dict[str, Any] | None:
+def _decoder_sparsity(config: dict[str, Any], file: Path) -> dict[str, Any] | None:
     """Only losses, for Mixtral has its own experts; and only where the vision part is sparse, as in the original."""
     if config.get("num_local_experts") is None or not (config.get("clip_smoe") or config.get("mlp_smoe")):
         return None
+    require(config, ("num_local_experts", "num_experts_per_tok"), file, "though the decoder has experts")
     counts = {"num_experts": config["num_local_experts"], "top_k": config["num_experts_per_tok"]}
     return {"layers": "all", **counts, "router_loss_counts_padding": True, **_losses(config)}
 
@@ -215,7 +219,7 @@ def _read_connector(
         elif match := re.fullmatch(r"experts\.(\d+)\.([02])\.(weight|bias)", inner):
             target = f"model.vision_connector.experts.{_fused(match[2] == '0', match[3])}"
             experts.setdefault(target, {})[int(match[1])] = weights.pop(name)
-    connector = {"type": "mlp", "num_layers": 2, "hidden_act": "gelu", "sparsity": _sparsity(config)}
+    connector = {"type": "mlp", "num_layers": 2, "hidden_act": "gelu", "sparsity": _sparsity(config, file)}
     return connector, targets | _stacked(experts)
 
 

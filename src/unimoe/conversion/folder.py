@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -16,6 +17,8 @@ from ..processing.processing_unimoe import UniMoEProcessor
 from .errors import ConversionError
 from .family import Conversion
 from .model_card import model_card
+from .reader import read_json
+from .settings import naming
 
 ARCHITECTURE = "UniMoEForConditionalGeneration"
 IMAGE_PROCESSORS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
@@ -26,16 +29,15 @@ def build_processor(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) 
     config = conversion.config
     image_processor = None
     if config.vision_config is not None:
-        processor_class = IMAGE_PROCESSORS[config.vision_config.model_type]
-        try:
-            image_processor = processor_class.from_pretrained(conversion.image_processor_folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise ConversionError(f"{conversion.image_processor_folder}: preprocessor_config.json: {error}") from None
-        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-        if {size.get("height"), size.get("width")} != {config.vision_config.image_size}:
+        file = conversion.image_processor_folder / "preprocessor_config.json"
+        read_json(file)
+        with naming(file):
+            image_processor = IMAGE_PROCESSORS[config.vision_config.model_type].from_pretrained(file.parent)
+            size = dict((image_processor.crop_size if image_processor.do_center_crop else image_processor.size) or {})
+        if [size.get(side) for side in ("height", "width")] != [config.vision_config.image_size] * 2:
             raise ConversionError(
-                f"{conversion.image_processor_folder}: preprocessor_config.json makes images of {dict(size)}, the tower takes "
-                f"{config.vision_config.image_size}; the files do not belong together"
+                f"{file}: makes images of the size {size or None}, the tower takes {config.vision_config.image_size}; the files "
+                "do not belong together"
             )
     has_sound = config.audio_config is not None or config.speech_config is not None
     return UniMoEProcessor(
@@ -96,8 +98,18 @@ def copy_code(folder: Path) -> None:
 def remove_code_references(folder: Path) -> None:
     """Takes out of the JSON files what says that code lies beside them."""
     for file in folder.glob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not {"auto_map", "custom_pipelines"} & content.keys():
+        # It never says so, and its tokens may be called anything.
+        if file.name == "tokenizer.json":
             continue
-        content = {name: value for name, value in content.items() if name not in ("auto_map", "custom_pipelines")}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        cleaned = _without_code_references(content)
+        if cleaned != content:
+            file.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_code_references(content: Any) -> Any:
+    """At every depth, since a processor's file holds those of its parts."""
+    if not isinstance(content, dict):
+        return content
+    kept = {name: value for name, value in content.items() if name not in ("auto_map", "custom_pipelines")}
+    return {name: _without_code_references(value) for name, value in kept.items()}

@@ -7,6 +7,14 @@ from typing import Any
 from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS, UniMoEConfig, resolve_layers
 from .errors import ConversionError
 from .expressions import Expression
+from .plan import Account, Plan, model_shapes
+from .settings import naming
+
+
+def select_layer(config: dict[str, Any]) -> int:
+    """The layer of the vision tower that the decoder sees; the last but one where the original does not say."""
+    layer = config.get("mm_vision_select_layer")
+    return -2 if layer is None else layer
 
 
 def projector(config: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
@@ -22,7 +30,7 @@ def projector(config: dict[str, Any], name: str, file: Path) -> dict[str, Any]:
 def select_strategy(config: dict[str, Any], file: Path) -> str:
     """What becomes of `mm_vision_select_feature`: 'patch' (also where absent) leaves out the first token."""
     strategies = {"patch": "default", "cls_patch": "full"}
-    feature = config.get("mm_vision_select_feature", "patch")
+    feature = config.get("mm_vision_select_feature") or "patch"
     if feature not in strategies:
         raise ConversionError(f"{file}: mm_vision_select_feature={feature!r} is unknown; it is 'patch' or 'cls_patch'")
     return strategies[feature]
@@ -40,12 +48,29 @@ def layer_pattern(indices: list[int], num_layers: int) -> str | list[int]:
 
 
 def build(fields: dict[str, Any], file: Path) -> UniMoEConfig:
-    """The configuration, with the name of the original's file in front of whatever does not fit together."""
-    try:
+    """The configuration. Raises ConversionError, which names the original's file, for whatever does not fit together."""
+    with naming(file):
         return UniMoEConfig(**fields)
-    except (ValueError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ConversionError(f"{file}: {message}") from None
+
+
+def complete(account: Account, targets: dict[str, Expression], config: UniMoEConfig, file: Path, where: str) -> Plan:
+    """The plan, compared with the model of this configuration.
+
+    Args:
+        file: The original's `config.json`.
+        where: The folders with its tensors, for errors.
+
+    Raises:
+        ConversionError: No model can be built from the settings, or the tensors are not the model's.
+    """
+    with naming(file):
+        shapes = model_shapes(config)
+    plan = account.plan(targets)
+    try:
+        plan.check(shapes)
+    except ConversionError as error:
+        raise ConversionError(f"{where}: {error}") from None
+    return plan
 
 
 def sequential_targets(weights: dict[str, Expression], source: str, target: str) -> dict[str, Expression]:

@@ -14,9 +14,10 @@ from .decoders import DECODERS, Decoder, fuse_experts
 from .errors import ConversionError
 from .expressions import Expression
 from .family import Conversion
-from .llava import build, layer_pattern, projector, select_strategy, sequential_targets
-from .plan import Account, model_shapes
-from .reader import WEIGHT_FILES, read_file, read_json, read_weights
+from .llava import build, complete, layer_pattern, projector, select_layer, select_strategy, sequential_targets
+from .plan import Account
+from .reader import WEIGHT_FILES, read_file, read_weights
+from .settings import naming, read_settings, require
 from .towers import read_vision_settings, read_vision_weights
 
 ORIGIN = "; download the whole folder from https://huggingface.co/LanguageBind"
@@ -61,6 +62,11 @@ def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
     if not paths.checkpoint.is_dir():
         raise ConversionError(f"{paths.checkpoint}: no such folder, given as --checkpoint{ORIGIN}")
     file = paths.checkpoint / "config.json"
+    with naming(file):
+        return _plan(paths, file)
+
+
+def _plan(paths: MoELLaVAPaths, file: Path) -> Conversion:
     config, decoder = _read_config(file)
     account = Account()
     weights = _load(paths, decoder, account)
@@ -76,16 +82,12 @@ def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
             "text_sparsity": _sparsity(config, sparse, text_config["num_hidden_layers"], file),
             "vision_config": vision_config,
             "vision_connector_config": projector(config, "image_projector_type", file),
-            "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+            "vision_feature_layer": select_layer(config),
             "vision_feature_select_strategy": select_strategy(config, file),
         },
         file,
     )
-    plan = account.plan(targets)
-    try:
-        plan.check(model_shapes(model_config))
-    except ConversionError as error:
-        raise ConversionError(f"{paths.checkpoint}: {error}") from None
+    plan = complete(account, targets, model_config, file, str(paths.checkpoint))
     stage = (
         "" if sparse else f" after its {'second stage (dense)' if paths.base is None else 'first stage (projector)'}"
     )
@@ -109,7 +111,7 @@ def plan_moe_llava(paths: MoELLaVAPaths) -> Conversion:
 def _read_config(file: Path) -> tuple[dict[str, Any], Decoder]:
     if not file.is_file():
         raise ConversionError(f"{file.parent}: config.json is missing{ORIGIN}")
-    config = read_json(file)
+    config = read_settings(file)
     kind = str(config.get("model_type"))
     match = MODEL_TYPE.fullmatch(kind)
     if "scales" in config or "mm_audio_tower" in config:
@@ -205,10 +207,8 @@ def _sparsity(config: dict[str, Any], sparse: list[int], num_layers: int, file: 
     """The settings of the sparse layers from the nested `moe`; None for a dense decoder."""
     if not sparse:
         return None
-    moe = config.get("moe")
-    missing = [name for name in ("num_experts", "top_k_experts") if not isinstance(moe, dict) or not moe.get(name)]
-    if missing:
-        raise ConversionError(f"{file}: moe.{' and moe.'.join(missing)} missing, though the weights have experts")
+    moe = config["moe"] if isinstance(config.get("moe"), dict) else {}
+    require(moe, ("num_experts", "top_k_experts"), file, "though the weights have experts", inside="moe.")
     layers = moe.get("moe_layers_idx") or sparse
     counts = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
     if len(counts) == 1:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
+from ..modeling_unimoe.configuration_unimoe import UniMoEAudioConfig
 from .errors import ConversionError
 from .expressions import Expression
 from .plan import Account
-from .reader import SourceTensor, read_file, read_json, read_pickle, read_weights
+from .reader import SourceTensor, read_file, read_pickle, read_weights
+from .settings import OBJECT, naming, read_settings
 
 CLIP_ORIGIN = "; download https://huggingface.co/openai/clip-vit-large-patch14-336"
 WHISPER_ORIGIN = "; download https://huggingface.co/openai/whisper-small"
@@ -113,7 +117,7 @@ def read_vision_settings(folder: Path, kinds: tuple[str, ...] = ("clip", "siglip
     """
     names = " or ".join(VISION_KINDS[kind].name for kind in kinds)
     _require_folder(folder, "--vision-tower", CLIP_ORIGIN)
-    config = read_json(folder / "config.json")
+    config = read_settings(folder / "config.json")
     kind = next((kind for kind in kinds if config.get("model_type") in (kind, f"{kind}_vision_model")), None)
     if kind is None:
         raise ConversionError(
@@ -122,7 +126,11 @@ def read_vision_settings(folder: Path, kinds: tuple[str, ...] = ("clip", "siglip
     if not (folder / "preprocessor_config.json").is_file():
         raise ConversionError(f"{folder}: preprocessor_config.json is missing{CLIP_ORIGIN}")
     vision = config["vision_config"] if "vision_config" in config else config
-    return {"model_type": f"{kind}_vision_model", **_pick(vision, VISION_KINDS[kind].fields)}
+    if not OBJECT.accepts(vision):
+        raise ConversionError(
+            f"{folder / 'config.json'}: vision_config={vision!r}; {OBJECT.words} is needed{CLIP_ORIGIN}"
+        )
+    return _settings(f"{kind}_vision_model", vision, VISION_KINDS[kind].fields, folder)
 
 
 def read_vision_weights(folder: Path, account: Account) -> dict[str, Expression]:
@@ -148,7 +156,7 @@ def read_whisper(folder: Path, account: Account) -> Tower:
         ConversionError: A file is missing or damaged, or the folder holds something else.
     """
     _require_folder(folder, "--speech-tower", WHISPER_ORIGIN)
-    config = read_json(folder / "config.json")
+    config = read_settings(folder / "config.json")
     if config.get("model_type") != "whisper":
         raise ConversionError(
             f"{folder}: model_type {config.get('model_type')!r}; --speech-tower must be a Whisper folder{WHISPER_ORIGIN}"
@@ -163,7 +171,7 @@ def read_whisper(folder: Path, account: Account) -> Tower:
             account.ignore([tensor], "the decoder of Whisper, which the aligner replaces")
     if not targets:
         raise ConversionError(f"{folder}: no tensors of a Whisper encoder there{WHISPER_ORIGIN}")
-    return Tower({"model_type": "whisper", **_pick(config, WHISPER_FIELDS)}, targets)
+    return Tower(_settings("whisper", config, WHISPER_FIELDS, folder), targets)
 
 
 def read_beats(file: Path, account: Account) -> Tower:
@@ -200,6 +208,8 @@ def read_beats(file: Path, account: Account) -> Tower:
         elif renamed := _rename(name, BEATS_NAMES):
             targets[renamed] = tensor
     config = {ours: settings.get(theirs, default) for ours, (theirs, default) in BEATS_FIELDS.items()}
+    with naming(file):
+        UniMoEAudioConfig(**config)
     return Tower(config, targets)
 
 
@@ -210,8 +220,12 @@ def _rename(name: str, patterns: dict[str, str]) -> str | None:
     return None
 
 
-def _pick(config: dict[str, Any], fields: list[str]) -> dict[str, Any]:
-    return {field: config[field] for field in fields if config.get(field) is not None}
+def _settings(model_type: str, config: dict[str, Any], fields: list[str], folder: Path) -> dict[str, Any]:
+    """Those of `fields` that are set. Raises ConversionError, which names the tower's file, where they do not fit together."""
+    settings = {field: config[field] for field in fields if config.get(field) is not None}
+    with naming(folder / "config.json"):
+        CONFIG_MAPPING[model_type](**settings)
+    return {"model_type": model_type, **settings}
 
 
 def _is_weights(value: Any) -> bool:

@@ -18,10 +18,11 @@ from . import uni_moe_config as config_map
 from .errors import ConversionError
 from .expressions import Expression
 from .family import Conversion
-from .llava import build, projector, select_strategy, sequential_targets
+from .llava import build, complete, projector, select_layer, select_strategy, sequential_targets
 from .lora import read_adapter
-from .plan import Account, model_shapes
-from .reader import SourceTensor, read_file, read_json, read_weights
+from .plan import Account
+from .reader import SourceTensor, read_file, read_weights
+from .settings import naming, read_settings
 from .towers import read_beats, read_clip, read_whisper
 from .uni_moe_experts import OF_INTERNAL_LORA, find_config, is_eight_experts, place_eight_experts, stack_experts
 
@@ -72,12 +73,17 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
     """
     _require_folder(paths.base, "--base", BASE_ORIGIN)
     _require_folder(paths.checkpoint, "--checkpoint", CHECKPOINT_ORIGIN)
-    account = Account()
     eight_experts = is_eight_experts(paths.checkpoint)
     config_file = (
         find_config(paths.base, paths.checkpoint) if eight_experts else None
     ) or paths.checkpoint / "config.json"
+    with naming(config_file):
+        return _plan(paths, config_file, eight_experts)
+
+
+def _plan(paths: UniMoEPaths, config_file: Path, eight_experts: bool) -> Conversion:
     config = _read_config(config_file)
+    account = Account()
     weights = _load(paths, eight_experts, account)
     if eight_experts:
         mlps, sparsity = place_eight_experts(paths.checkpoint, paths.experts, config, config_file, weights, account)
@@ -98,17 +104,13 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
             "text_sparsity": sparsity,
             "vision_config": vision.config,
             "vision_connector_config": projector(config, "mm_projector_type", config_file),
-            "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+            "vision_feature_layer": select_layer(config),
             "vision_feature_select_strategy": select_strategy(config, config_file),
             **sound.fields,
         },
         config_file,
     )
-    plan = account.plan(targets)
-    try:
-        plan.check(model_shapes(model_config))
-    except (ConversionError, AssertionError, RuntimeError, TypeError) as error:
-        raise ConversionError(f"{paths.checkpoint} with {paths.base}: {error}") from None
+    plan = complete(account, targets, model_config, config_file, f"{paths.checkpoint} with {paths.base}")
     speech = model_config.speech_config
     return Conversion(
         config=model_config,
@@ -127,7 +129,7 @@ def plan_uni_moe(paths: UniMoEPaths) -> Conversion:
 def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConversionError(f"{file.parent}: config.json is missing{CHECKPOINT_ORIGIN}")
-    config = read_json(file)
+    config = read_settings(file)
     kind = str(config.get("model_type"))
     for start, command in OTHER_FAMILIES.items():
         if kind.startswith(start):

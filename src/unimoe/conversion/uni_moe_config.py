@@ -5,6 +5,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .llava import layer_pattern
+from .settings import require
 
 LLAMA_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -17,15 +18,13 @@ ROPE_THETA = 10000.0
 
 def text_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
     """The decoder's settings. Raises ConversionError where the original asks for what cannot be done alike."""
-    missing = [
-        name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if name not in config
-    ]
-    if missing:
-        raise ConversionError(f"{file}: {', '.join(missing)} missing; it is not the config.json of a Uni-MoE release")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    require(config, needed, file, "which every Uni-MoE release has")
     fields = {name: config[name] for name in LLAMA_FIELDS if config.get(name) is not None}
     scaling = config.get("rope_scaling")
     rope = {"rope_type": "default", "rope_theta": config.get("rope_theta") or ROPE_THETA}
     if scaling:
+        require(scaling, ("factor",), file, "though there is scaling", inside="rope_scaling.")
         rope.update(rope_type=scaling.get("rope_type", scaling.get("type")), factor=float(scaling["factor"]))
     if config.get("tie_word_embeddings"):
         raise ConversionError(f"{file}: tie_word_embeddings is true, which no Uni-MoE release has")

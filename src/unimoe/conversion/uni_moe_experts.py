@@ -114,7 +114,11 @@ def _modality_maps(maps: dict[str, Expression], prefix: str) -> dict[str, Expres
 
 
 def _sparse_layers(config: dict[str, Any], file: Path) -> list[int]:
-    missing = [name for name in ("moe_type", "lora_r", "lora_alpha", "num_experts") if config.get(name) is None]
+    missing = [
+        name
+        for name in ("moe_type", "lora_r", "lora_alpha", "num_experts", "num_hidden_layers")
+        if not config.get(name)
+    ]
     if missing:
         raise ConversionError(
             f"{file}: {', '.join(missing)} missing; it is not the configuration of the eight-expert model"
