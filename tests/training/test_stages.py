@@ -123,7 +123,6 @@ def test_third_stage_of_cumo(model_folder, data_file, write_recipe, tmp_path):
 def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
     dense, sparse = str(model_folder("dense", text_sparsity=None)), str(model_folder("sparse"))
     data, empty = str(data_file()), str(data_file([], "empty.json"))
-    text = str(data_file([{"conversations": turn("a", "b")}], "text.json"))
     good = {"model": dense, "data": data, "train": ["connectors"], "trainer": {"max_steps": 1}}
     assert main(["train", write_recipe("done", **good)]) == 0
     capsys.readouterr()
@@ -144,11 +143,6 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         ({**good, "trainer": {"per_device_train_batch_size": 0}}, [], "batch_size"),
         ({**good, "trainer": {"eval_strategy": "steps"}}, [], "eval"),
         ({**good, "trainer": {"label_smoothing_factor": 0.1}}, [], "label_smoothing_factor"),
-        (
-            {**good, "data": text, "train": ["vision_connector", "audio_tower"]},
-            [],
-            "no record of the data goes through",
-        ),
         ({**good, "output": str(tmp_path / "done")}, [], "--resume"),
         ({**good, "output": str(tmp_path / "done"), "max_length": 99}, ["--resume"], "max_length"),
         ({**good, "output": str(tmp_path)}, [], "not empty"),
@@ -158,6 +152,13 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         refusal = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unimoe train")]
         assert len(refusal) == 1 and words in refusal[0], (words, refusal)
         assert not list((tmp_path / f"wrong{number}").glob("*")), "a corrected recipe could not be run"
+
+
+@pytest.mark.parametrize("parts, warns", [(["vision_connector", "audio_tower"], True), (["attention"], False)])
+def test_data_that_trains_nothing_is_warned_of(model_folder, data_file, write_recipe, caplog, parts, warns):
+    fields = {"model": str(model_folder("sparse")), "data": str(data_file([{"conversations": turn("a", "b")}]))}
+    assert main(["train", write_recipe("text", **fields, train=parts, trainer={"max_steps": 1})]) == 0
+    assert ("goes through vision_connector, audio_tower" in caplog.text) is warns
 
 
 BASE = "{model: x, data: x, output: x, train: [all]}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import DistributedConfig, TrainingArguments
 
 from .parts import PARTS
-from .recipe_fields import EXPERTS, LORA, UPCYCLE, check_fields, check_types
+from .recipe_fields import EXPERTS, LORA, UPCYCLE, check_fields, check_types, trainer_fields
 
 # YAML 1.1 reads "2e-5" as a text.
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -77,9 +77,7 @@ class Recipe:
             raise ValueError("give either 'train' (parts trained whole) or 'lora' (an adapter)")
         if self.experts is not None and ("from" in self.experts) == ("copies" in self.experts):
             raise ValueError("experts: give either 'from' (a checkpoint for each expert) or 'copies' (their number)")
-        known = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} - {"output_dir"}
-        hints = typing.get_type_hints(TrainingArguments)
-        check_fields("trainer", self.trainer, {name: hints[name] for name in known}, of="TrainingArguments")
+        check_fields("trainer", self.trainer, trainer_fields(), of="TrainingArguments")
         if self.distributed is not None:
             check_fields("distributed", self.distributed, typing.get_type_hints(DistributedConfig))
         if self.distributed is not None and self.lora is not None:

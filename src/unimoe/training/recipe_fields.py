@@ -1,9 +1,12 @@
 """The fields of a recipe's sections, their types, and the check of what a file gives for them."""
 
+import dataclasses
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from transformers import TrainingArguments
 
 LORA = {
     "r": int,
@@ -37,6 +40,19 @@ _NAMES = {
     dict: "a mapping of fields",
     type(None): "nothing",
 }
+
+
+def trainer_fields() -> dict[str, Any]:
+    """The fields of `TrainingArguments`, with the types of those that are numbers or switches.
+
+    Others take more than their annotations say: `fsdp` is also true or false.
+    """
+    hints = typing.get_type_hints(TrainingArguments)
+    names = {item.name for item in dataclasses.fields(TrainingArguments) if item.init} - {"output_dir"}
+    simple = {int, float, bool, type(None)}
+    return {
+        name: hints[name] if set(typing.get_args(hints[name]) or [hints[name]]) <= simple else Any for name in names
+    }
 
 
 def check_fields(section: str, given: Any, known: Mapping[str, Any], of: str = "") -> None:

@@ -75,9 +75,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
         for files in (recipe.data, recipe.eval_data)
     )
     if not can_change(recipe.train, train_data.media_kinds()):
-        raise ValueError(
-            f"train: no record of the data goes through {', '.join(recipe.train)}, which would stay as it is"
-        )
+        logger.warning(f"train: no record goes through {', '.join(recipe.train)}, which will stay as it is")
     is_fresh = state.is_main_process and _claim(output, recipe, resume, state.num_processes)
     state.wait_for_everyone()
     trainer = None
