@@ -2,7 +2,9 @@
 
 import base64
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from tiny_processor import RATE, frames, image, sound, tiny_processor
 
@@ -110,8 +112,14 @@ def test_assistant_tokens_mask(processor):
         ([user("Hi"), assistant("Use <audio>.")], r"conversation\[1\]: the text holds the placeholder <audio>"),
         ([[user("Hi")], [user({"type": "picture"})]], r"conversation\[1\]\[0\]\['content'\]\[0\]: type 'picture' is unknown"),
         ([user({"type": "image", "image": image(), "path": "x"})], "more than once"),
-        ([user({"type": "image", "image": image()}, {"type": "image"})], "some image blocks give no item"),
-        ([user({"type": "image"})], "images=: .* has 1 <image>, but 0 items"),
+        ([user({"type": "image", "image": image()}, {"type": "image"})], r"\['content'\]\[1\]: this image block gives no item; add"),
+        ([user("Hi", {"type": "image"})], r"\['content'\]\[1\]: .* no item; add it under 'image', 'path', 'url' or 'base64'"),
+        ([[user("Hi")], [user({"type": "image", "bytes": b"x"})]], r"conversation\[1\]\[0\].* no item, only 'bytes'; add"),
+        ([user({"type": "speech", "audio": sound(), "sampling_rate": RATE})], "no item, only 'audio'; add it under 'speech'"),
+        ([user({"type": "audio", "array": sound(), "sampling_rate": RATE})], "no item, only 'array'; add it under 'audio'"),
+        ([user({"type": "image_url", "image_url": {}})], "no item; add it under 'image_url'"),
+        ([user({"type": "image", "path": ""})], r"images\[0\]\[0\] \(''\): no such file"),
+        ([user({"type": "video", "path": ""})], r"videos\[0\]\[0\] \(''\): no such file"),
         ([user({"type": "image", "path": "nowhere.png"})], "no such file"),
         ([user({"type": "speech", "speech": sound()})], "needs its sampling rate"),
         ([{"role": "user"}], "a message is a dict with a 'role' and a 'content'"),
@@ -125,6 +133,34 @@ def test_assistant_tokens_mask(processor):
 def test_refused_chats(processor, chat, message):
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(chat, tokenize=True)
+
+
+def test_items_passed_beside_a_chat(processor):
+    chat = [user({"type": "image", "id": 7}, {"type": "audio"}, "What?")]
+    options = dict(tokenize=True, return_dict=True, sampling_rate=RATE)
+    inputs = processor.apply_chat_template(chat, images=[image()], audio=sound(), **options)
+    assert len(inputs["pixel_values"]) == len(inputs["input_values"]) == 1
+    with pytest.raises(ValueError, match=r"\[1\]: this audio block gives no item"):
+        processor.apply_chat_template(chat, images=[image()], audio=[], **options)
+    # A model with one sound tower takes the sounds of both arguments for the blocks of both types.
+    hears = tiny_processor(("image", "speech"))
+    inputs = hears.apply_chat_template(chat, images=[image()], speech=sound(), **options)
+    assert len(inputs["input_features"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["audio", "speech"])
+def test_sampling_rate_of_a_file_is_its_own(processor, tmp_path, kind):
+    path = tmp_path / "sound.wav"
+    soundfile.write(path, sound(), 8000, subtype="FLOAT")
+    content = path.read_bytes()
+    options = dict(tokenize=True, return_dict=True)
+    name = {"audio": "input_values", "speech": "input_features"}[kind]
+    expected = processor.apply_chat_template([user({"type": kind, "path": str(path)})], **options)[name]
+    text = base64.b64encode(content).decode()
+    for given in ({"path": str(path)}, {kind: str(path)}, {kind: path}, {kind: content}, {"base64": text},
+                  {"url": path.as_uri()}, {kind: (sound(), 8000)}):  # fmt: skip
+        chat = [user({"type": kind, **given, "sampling_rate": RATE})]
+        assert np.array_equal(processor.apply_chat_template(chat, **options)[name], expected), given
 
 
 def test_refused_chat_options(processor):

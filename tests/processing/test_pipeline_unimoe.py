@@ -267,7 +267,7 @@ def test_processor_options(pipe):
         ),
         ({"text": ["<image>", "<image>"], "images": [image(), "/nowhere.png"]}, r"images\[1\].*no such file"),
         ({"text": "<image>"}, "images=: the text has 1 <image>, but 0 items"),
-        ({"text": chat("the", {"type": "image"})}, "images=: .* but 0 items"),
+        ({"text": chat("the", {"type": "image"})}, "this image block gives no item; add it under 'image', 'path'"),
     ],
 )
 def test_refused(pipe, arguments, message):

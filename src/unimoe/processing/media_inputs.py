@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 # The processor's argument for each kind of medium.
+from .conversation import MediaBlock
+
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
 SOUNDS = ("audio", "speech")
 
@@ -63,19 +65,41 @@ def flat_items(kind: str, value: Any) -> list[Slot]:
     return [Slot(kind, item, f"{ARGUMENTS[kind]}[{i}]") for i, item in enumerate(items)]
 
 
-def gather_items(kind: str, found: list[list[Any]], passed: Any) -> Any:
-    """The items of a kind for a chat: those that its messages give (`found`, one list per chat), or those `passed`
-    beside it, for blocks that give none. Raises ValueError where it is not one or the other."""
-    given = [item for items in found for item in items if item is not None]
-    if passed is not None and given:
+def gather_items(
+    found: dict[str, list[list[MediaBlock]]], passed: dict[str, Any], sounds_alike: bool
+) -> dict[str, Any]:
+    """The items of each kind for chats.
+
+    Args:
+        found: the blocks of each kind, one list per chat.
+        passed: the items that came beside the chats, for blocks that give none.
+        sounds_alike: the model has one sound tower, so items passed as "audio" also serve blocks of "speech".
+
+    Raises:
+        ValueError: for a kind of which both the chats and the caller give items, and for a block without any.
+    """
+    return {kind: _items_of_chats(kind, found[kind], passed, sounds_alike) for kind in ARGUMENTS}
+
+
+def _items_of_chats(kind: str, found: list[list[MediaBlock]], passed: dict[str, Any], sounds_alike: bool) -> Any:
+    blocks = [block for blocks in found for block in blocks]
+    empty = [block for block in blocks if block.item is None]
+    gives_some = len(empty) < len(blocks)
+    if gives_some and passed[kind] is not None:
         raise ValueError(
             f"{ARGUMENTS[kind]}= was passed, but the messages give {kind} items too; use one of the two ways."
         )
-    if not given:
-        return passed
-    if len(given) != sum(map(len, found)):
-        raise ValueError(f"some {kind} blocks give no item; add it under {kind!r}, 'path', 'url' or 'base64'.")
-    return [PerText(items) for items in found]
+    serving = SOUNDS if sounds_alike and kind in SOUNDS else (kind,)
+    if empty and (gives_some or not any(count_items(passed[other]) for other in serving)):
+        raise ValueError(_no_item(kind, empty[0]))
+    return [PerText(block.item for block in blocks) for blocks in found] if gives_some else passed[kind]
+
+
+def _no_item(kind: str, block: MediaBlock) -> str:
+    *others, last = map(repr, block.keys)
+    keys = f"{', '.join(others)} or {last}" if others else last
+    has = f", only {', '.join(map(repr, block.unused))}" if block.unused else ""
+    return f"{block.where}: this {kind} block gives no item{has}; add it under {keys}."
 
 
 def _items_of_kind(kind: str, value: Any, counts: list[int], placeholder: str) -> list[Slot]:

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 
 from .call_options import CALL_OPTIONS, CallOptions
 from .chat_template import DEFAULT_CHAT_TEMPLATE
-from .conversation import is_batch, read_conversation
+from .conversation import is_batch, read_blocks
 from .feature_extraction_unimoe import UniMoEFeatureExtractor
 from .media import check_media, load_audio, load_image, load_video
 from .media_features import image_pixels, on_pil_backend, video_pixels
@@ -407,7 +407,8 @@ class UniMoEProcessor(ProcessorMixin):
         Args:
             conversation: messages of `{"role": ..., "content": ...}`; a content is a string or a list of blocks of
                 type "text", "image", "video", "audio", "speech". A medium stands under its own type's name, "path",
-                "url" or "base64"; a sound given as an array needs a "sampling_rate" beside it (or `sampling_rate=`).
+                "url" or "base64"; a sound given as an array needs a "sampling_rate" beside it (or `sampling_rate=`),
+                which does not count for files.
             chat_template: a Jinja text, or the name of one of the processor's, instead of the default one.
             add_generation_prompt: end with what opens the answer.
             continue_final_message: leave the last message open, for the model to go on with it.
@@ -420,20 +421,19 @@ class UniMoEProcessor(ProcessorMixin):
             tools, documents, kwargs: variables of the template.
 
         Raises:
-            ValueError, TypeError: for malformed messages, for a text that holds a placeholder, for an argument that
+            ValueError, TypeError: for malformed messages, for a text that holds a placeholder, for a block without an
+                item where none is passed either, for an argument that
                 the template does not use, and what `__call__` raises.
         """
         if load_audio_from_video:
             logger.warning_once("load_audio_from_video is ignored: give a video's sound as a block of its own.")
         batched = is_batch(conversation)
-        conversations, items = [], {kind: [] for kind in ARGUMENTS}
+        conversations, blocks = [], {kind: [] for kind in ARGUMENTS}
         for i, one in enumerate(conversation if batched else [conversation]):
-            messages, found = read_conversation(
-                one, self.placeholders, f"conversation[{i}]" if batched else "conversation"
-            )
+            messages, found = read_blocks(one, self.placeholders, f"conversation[{i}]" if batched else "conversation")
             conversations.append(messages)
-            for kind, list_of_items in found.items():
-                items[kind].append(list_of_items)
+            for kind, blocks_of_kind in found.items():
+                blocks[kind].append(blocks_of_kind)
         if add_generation_prompt and continue_final_message:
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them.")
         direct = {name: kwargs.pop(name) for name in {*CALL_OPTIONS, *ARGUMENTS.values()} & kwargs.keys()}
@@ -454,7 +454,8 @@ class UniMoEProcessor(ProcessorMixin):
         )
         if not tokenize:
             return texts if batched else texts[0]
-        media = {kind: gather_items(kind, items[kind], options.pop(name, None)) for kind, name in ARGUMENTS.items()}
+        passed = {kind: options.pop(name, None) for kind, name in ARGUMENTS.items()}
+        media = gather_items(blocks, passed, self._sounds_alike)
         read = CallOptions.read(options, self.tokenizer.init_kwargs)
         outputs = self._prepare(texts, media, read, answer_spans if return_assistant_tokens_mask else None)
         return outputs if return_dict else outputs["input_ids"]
