@@ -166,3 +166,14 @@ def test_contradictions_are_refused(model, write, older, newer, message):
 def test_damaged_settings_are_named(write, older, config, message):
     with pytest.raises(ConversionError, match=message):
         load_llama_tokenizer(write(older, **config))
+
+
+def test_a_piece_that_occurs_twice_is_refused(model, tmp_path):
+    """Its ids would not be those of the file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    damaged = sentencepiece_model_pb2.ModelProto.FromString(model)
+    damaged.pieces[300].piece = damaged.pieces[299].piece
+    (tmp_path / "tokenizer.model").write_bytes(damaged.SerializeToString())
+    with pytest.raises(ConversionError, match=r"tokenizer\.model: a piece occurs twice"):
+        load_llama_tokenizer(tmp_path)

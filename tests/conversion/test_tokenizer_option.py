@@ -122,6 +122,20 @@ def test_damaged_files_are_named(tmp_path, tokenizer, capsys, name, content, mes
         (tokenizer / name).write_text(content)
     found = refusal(capsys, arguments(PHI, tmp_path / "output", "--dry-run", "--tokenizer", str(tokenizer)))
     assert re.search(message, found) and f"convert: {tokenizer}" in found
+    # Only copies are read; their place says nothing.
+    assert "/tmp" not in found.replace(str(tokenizer), "")
+
+
+def test_whatever_a_tokenizers_library_raises_is_one_line(tmp_path, tokenizer, capsys, monkeypatch):
+    """Flipped bits in a `tokenizer.model` may give a model that is read, but that no tokenizer can be made of."""
+    (tokenizer / "tokenizer.model").write_bytes(b"")
+
+    def fail(*args):
+        raise TypeError("failed to extract\n- variant")
+
+    monkeypatch.setattr("unimoe.conversion.tokenizer.load_llama_tokenizer", fail)
+    args = arguments(PHI, tmp_path / "output", "--dry-run", "--tokenizer", str(tokenizer))
+    assert f"{tokenizer}: its tokenizer cannot be read (failed to extract - variant)" in refusal(capsys, args)
 
 
 def test_a_tokenizer_without_a_class_is_that_of_its_decoder(tmp_path, tokenizer):

@@ -59,6 +59,8 @@ def load_llama_tokenizer(folder: Path, num_rows: int = 0) -> PreTrainedTokenizer
     more = config.get("additional_special_tokens") or special_map.get("additional_special_tokens") or []
     more = [_content(token) for token in more]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if len(vocabulary) < len(pieces):
+        raise ConversionError(f"{file}: a piece occurs twice, so the file is damaged; download it again")
     added = read_added_tokens(folder, config, vocabulary, [*special.values(), *more], num_rows)
 
     legacy = config.get("legacy") is not False

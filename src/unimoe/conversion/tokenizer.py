@@ -55,12 +55,20 @@ def load_tokenizer(conversion: Conversion) -> PreTrainedTokenizerBase | None:
 
 
 def _load(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    if (folder / "tokenizer.model").is_file():
-        return load_llama_tokenizer(folder, text_config.vocab_size)
-    if (table := find_table(folder)) is not None:
-        return load_tiktoken_tokenizer(table)
-    if (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
-        return _load_fast(folder, text_config)
+    try:
+        if (folder / "tokenizer.model").is_file():
+            return load_llama_tokenizer(folder, text_config.vocab_size)
+        if (table := find_table(folder)) is not None:
+            return load_tiktoken_tokenizer(table)
+        if (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file():
+            return _load_fast(folder, text_config)
+    except ConversionError:
+        raise
+    except Exception as error:  # the Rust library raises nothing more special
+        detail = " ".join(str(error).split())
+        raise ConversionError(
+            f"{folder}: its tokenizer cannot be read ({detail}); download its files again, or give another with --tokenizer"
+        ) from None
     return None
 
 
@@ -83,18 +91,15 @@ def _load_fast(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokeniz
         )
     # Without a class of its own, a tokenizer is that of its decoder.
     has_class = bool(contents.get("tokenizer_config.json", {}).get("tokenizer_class"))
-    try:
-        with tempfile.TemporaryDirectory() as copies:
-            for name in (*contents, *OTHER_FILES):
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, Path(copies, name))
-            tokenizer = AutoTokenizer.from_pretrained(
-                copies, config=PreTrainedConfig() if has_class else text_config, trust_remote_code=False
-            )
-    except Exception as error:  # the Rust library raises nothing more special
-        detail = " ".join(str(error).replace(copies, str(folder)).split())
-        raise ConversionError(
-            f"{folder}: its tokenizer cannot be read ({detail}); download its files again, or give another with --tokenizer"
-        ) from None
+    with tempfile.TemporaryDirectory() as copies:
+        for name in (*contents, *OTHER_FILES):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(copies, name))
+        config = PreTrainedConfig() if has_class else text_config
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(copies, config=config, trust_remote_code=False)
+        except Exception as error:
+            # The text should not name the copies.
+            raise ValueError(str(error).replace(copies, str(folder))) from None
     tokenizer.name_or_path = str(folder)
     return tokenizer
