@@ -5,6 +5,7 @@ import base64
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_processor import AUDIO_CHUNK, RATE, SPEECH_CHUNK, frames, image, media, sound, tiny_processor, tiny_tokenizer
 
 from unimoe.processing import processing_unimoe
@@ -138,6 +139,47 @@ def test_one_sound_tower_takes_both_kinds(tower):
         processor("<speech><speech>", audio=first, speech=second)
 
 
+@pytest.mark.parametrize("rate", [np.int64(RATE), np.int32(RATE), float(RATE), np.float32(RATE)])
+def test_rate_of_a_pair_may_be_of_any_numeric_type(processor, rate):
+    expected = processor("<speech>", speech=(sound(), RATE))["input_features"]
+    for form in ((sound(), rate), [(sound(), rate)], [[(sound(), rate)]]):
+        assert np.array_equal(processor("<speech>", speech=form)["input_features"], expected)
+
+
+def animation(path, count, size=(24, 20)):
+    images = [Image.new("RGB", size, (10 * i, 0, 0)) for i in range(count)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=40)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_animations_in_a_list_are_videos(processor, tmp_path, suffix):
+    path = animation(tmp_path / f"a.{suffix}", 5)
+    uri = f"data:image/{suffix};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    expected = processor("<video>", videos=path)["pixel_values_videos"]
+    assert expected.shape[1] == 5
+    for item in (path, str(path), uri):
+        for form in ([item], [[item]]):
+            assert np.array_equal(processor("<video>", videos=form)["pixel_values_videos"], expected)
+        two = processor("<video><video>", videos=[item, item])["pixel_values_videos"]
+        assert np.array_equal(two, np.concatenate([expected, expected]))
+
+
+def test_still_webps_in_a_list_are_frames(processor, tmp_path):
+    paths, exif = [], Image.Exif()
+    exif[0x0112] = 1
+    for i, frame in enumerate(frames(3)):
+        paths.append(tmp_path / f"{i}.webp")
+        # With EXIF or alpha a still picture too is an extended file.
+        frame.convert("RGBA" if i else "RGB").save(paths[-1], lossless=True, exif=exif)
+    expected = processor("<video>", videos=frames(3))["pixel_values_videos"]
+    uris = [f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}" for path in paths]
+    for form in (paths, list(map(str, paths)), [paths], uris):
+        assert np.array_equal(processor("<video>", videos=form)["pixel_values_videos"], expected)
+    with pytest.raises(ValueError, match=r"videos\[1\].*gone.webp'\): no such file"):
+        processor("<video>", videos=[str(paths[0]), "gone.webp"])
+
+
 def test_media_without_a_text(processor):
     batch = processor(images=[image()], audio=(sound(), RATE), return_tensors="pt")
     assert set(batch) == {"pixel_values", "input_values", "input_values_mask"}
@@ -162,6 +204,11 @@ def test_media_without_a_text(processor):
         (["the", " "], {}, r"text\[1\] is empty"),
         ([], {}, "empty list"),
         ("<image>", {"images": 3}, "images: got int"),
+        ("<image>", {"images": Image.new("RGB", (0, 5))}, r"images: the image has no pixels \(0 x 5\)"),
+        ("<image>", {"images": Image.new("RGB", (5, 0))}, r"images: the image has no pixels \(5 x 0\)"),
+        ("<image>", {"images": Image.new("L", (0, 0))}, r"images: the image has no pixels \(0 x 0\)"),
+        ("<video>", {"videos": [image(), Image.new("RGB", (0, 5))]}, r"videos\[1\]: the image has no pixels \(0 x 5\)"),
+        ("<speech>", {"speech": ("x.wav", RATE)}, "got str, but a sound with its sampling rate must be an array"),
         ("<image>", {"images": "/nowhere/x.png"}, "images.*/nowhere/x.png.*no such file"),
         (["<image>", "<image>"], {"images": [image(), "/nowhere/x.png"]}, r"images\[1\].*no such file"),
         (["the", "what is"], {"return_tensors": "pt"}, "pass padding=True"),

@@ -52,7 +52,12 @@ def check_media(item: Any, kind: str, name: str, sampling_rate: int | None = Non
         array, rate = _split_sound(item, name)
         _check_rate(rate if rate is not None else sampling_rate, name)
         if not isinstance(array, (np.ndarray, torch.Tensor)):
-            raise _wrong_type(array, name, "a sound must be a path, URL, bytes, base64, array or tensor")
+            wanted = "a sound must be a path, URL, bytes, base64, array or tensor"
+            if array is not item:
+                wanted = (
+                    "a sound with its sampling rate must be an array or tensor; a file tells its own, so pass it alone"
+                )
+            raise _wrong_type(array, name, wanted)
 
 
 def load_image(item: Any, name: str = "image") -> Image.Image:

@@ -3,15 +3,17 @@
 import os
 import re
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-# The processor's argument for each kind of medium.
 from .conversation import MediaBlock
+from .media_source import is_animated_webp
 
+# The processor's argument for each kind of medium.
 ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio", "speech": "speech"}
 SOUNDS = ("audio", "speech")
 
@@ -165,18 +167,26 @@ def _is_list(kind: str, value: Any) -> bool:
         return False
     if kind == "video":
         return not is_frames(value)
-    return not (kind in SOUNDS and isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int))
+    return not (kind in SOUNDS and isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real))
 
 
 def is_frames(value: Any) -> bool:
-    """Is this one video given as its frames: a list of images, of arrays of up to 3 axes, or of image files?"""
+    """Is this one video given as its frames: a list of images, of arrays of up to 3 axes, or of image files?
+
+    A GIF or an animated WebP is no frame but a video of its own. A WebP behind a URL, into which nobody looks before it is
+    fetched, is taken for a frame.
+    """
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_frame, value))
 
 
 def _is_frame(item: Any) -> bool:
     if isinstance(item, (str, os.PathLike)):
         text = os.fspath(item)
-        return isinstance(text, str) and (text.startswith("data:image/") or bool(_FRAME_FILE.search(text[-300:])))
+        if not isinstance(text, str) or text.startswith("data:image/gif"):
+            return False
+        found = text.startswith("data:image/") or _FRAME_FILE.search(text[-300:])
+        # Only what calls itself a WebP is looked into.
+        return bool(found) and not ("webp" in (text[:15] + text[-300:]).lower() and is_animated_webp(item))
     return isinstance(item, Image.Image) or (_is_array(item) and item.ndim <= 3)
 
 

@@ -80,6 +80,26 @@ def find_source(item: Any, name: str, folder: bool = False) -> Path | Url | byte
     )
 
 
+def is_animated_webp(item: str | os.PathLike) -> bool:
+    """Whether a path or data URI leads to an animated WebP. Nothing is fetched; what cannot be read is none."""
+    try:
+        source = find_source(item, "")
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                head = file.read(21)
+        else:
+            head = source[:21]
+    except (MediaError, OSError):
+        return False
+    # An extended file whose second flag is set. An address is a text.
+    return (
+        isinstance(head, bytes)
+        and head[:4] == b"RIFF"
+        and head[8:16] == b"WEBPVP8X"
+        and bool(head[20:] and head[20] & 2)
+    )
+
+
 def read_source(source: Path | Url | bytes, name: str) -> Path | bytes:
     """Fetches an address; a path or bytes stay what they are.
 

@@ -172,8 +172,8 @@ class UniMoEProcessor(ProcessorMixin):
             images, videos, audio, speech: one item, a flat list (used up in order over the texts) or one list per text
                 (then each text's count is checked). An item is a path, URL, bytes, base64 or data URI, PIL image,
                 array or tensor. A video is a file, a folder of frames, an array [frames, ...], or a list of its
-                frames: images, arrays or image files. So a list of video files is several videos, a list of images is
-                one. A model with one sound tower takes `audio` and `speech` alike.
+                frames: images, arrays or image files. So a list of video files (also GIFs and animated WebPs) is several
+                videos, a list of images is one. A model with one sound tower takes `audio` and `speech` alike.
             kwargs: as follows.
             sampling_rate: of the sounds given as arrays, in Hz. Files know theirs.
             num_frames: frames to read from a video file, instead of `num_video_frames`; with `do_sample_frames=False`
