@@ -6,6 +6,7 @@ import pytest
 from tiny_processor import image, tiny_processor
 
 from unimoe.processing.call_options import CallOptions
+from unimoe.processing.media import load_video
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,14 @@ def test_image_options(processor):
     np.testing.assert_array_equal(video["pixel_values_videos"][:, 0], raw)
 
 
-def test_every_frame_of_a_video(processor, tmp_path):
+@pytest.mark.parametrize("num_frames", [0, -1, 2.5, float("inf"), float("nan"), "3", True])
+def test_impossible_numbers_of_frames(processor, num_frames):
+    with pytest.raises(ValueError, match="num_frames=.*: use a whole number of at least 1"):
+        processor("<video>", videos=[image()], num_frames=num_frames)
+
+
+@pytest.fixture
+def video(tmp_path):
     path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -67,8 +75,18 @@ def test_every_frame_of_a_video(processor, tmp_path):
             picture = np.full((32, 32, 3), 20 * index, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("num_frames", [3, np.int64(3), np.uint8(3), 3.0])
+def test_number_of_frames(processor, video, num_frames):
+    assert processor("<video>", videos=video, num_frames=num_frames)["pixel_values_videos"].shape[1] == 3
+    assert len(load_video(video, num_frames)) == 3
+
+
+def test_every_frame_of_a_video(processor, video):
     lengths = {
-        "as configured": processor("<video>", videos=str(path)),
-        "all": processor("<video>", videos=str(path), do_sample_frames=False),
+        "as configured": processor("<video>", videos=video),
+        "all": processor("<video>", videos=video, do_sample_frames=False),
     }
     assert [inputs["pixel_values_videos"].shape[1] for inputs in lengths.values()] == [8, 12]

@@ -212,6 +212,9 @@ def test_one_channel_arrays():
     for shape in ((5, 7), (5, 7, 1), (1, 5, 7)):
         assert load_image(np.full(shape, 9, np.uint8)).size == (7, 5)
     assert load_image(torch.zeros(3, 5, 3)).size == (3, 5)
+    assert load_image(np.full((5, 7), 9, ">i4")).getpixel((0, 0)) == (9, 9, 9)
+    assert load_image(np.full((5, 7), 32768, ">u2")).getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(np.full((5, 7), 0.5, ">f4")).getpixel((0, 0)) == (128, 128, 128)
     assert load_image(np.zeros((3, 5, 3))).size == (5, 3)
 
 
@@ -341,6 +344,7 @@ def test_sound_arrays(tone):
 ])  # fmt: skip
 def test_integer_sounds_are_scaled(dtype, values):
     assert load_audio(np.array(values, dtype), 16000).tolist() == [-1, 0, 0.5]
+    assert load_audio(np.array(values, np.dtype(dtype).newbyteorder(">")), 16000).tolist() == [-1, 0, 0.5]
     assert load_audio(torch.tensor(np.array(values, dtype)), 16000).tolist() == [-1, 0, 0.5]
 
 

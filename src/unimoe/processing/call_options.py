@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .media import is_count
+
 # Transformers lets callers group the options by modality.
 _GROUPS = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs")
 # What an image processor takes for one call; its other options would change the layout of the pixels.
@@ -57,6 +59,8 @@ class CallOptions:
         options = cls(**{**defaults, **options}, image_options=image_options)
         if options.padding_mode not in ("longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding={options.padding!r}: use True, False, 'longest', 'max_length' or 'do_not_pad'.")
+        if options.num_frames is not None and not is_count(options.num_frames):
+            raise ValueError(f"num_frames={options.num_frames!r}: use a whole number of at least 1, or None.")
         for name, values in (("padding_side", (None, "left", "right")), ("return_tensors", (None, "pt", "np"))):
             value = getattr(options, name)
             if getattr(value, "value", value) not in values:

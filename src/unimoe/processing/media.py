@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def load_image(item: Any, name: str = "image") -> Image.Image:
         else:
             source = read_source(find_source(item, name), name)
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if 0 in image.size:
+            raise MediaError(
+                f"{label(name, source)}: the image has no pixels ({image.width} x {image.height}); pass one that has."
+            )
         return _to_rgb(image)
     except MediaError:
         raise
@@ -153,8 +158,9 @@ def load_video(item: Any, num_frames: int = 8, name: str = "video") -> list[Imag
     Raises:
         MediaError: the item is missing, unreachable, damaged, empty, or no video.
     """
-    if not isinstance(num_frames, int) or num_frames < 1:
+    if not is_count(num_frames):
         raise MediaError(f"{name}: `num_frames` must be a whole number of at least 1, got {num_frames!r}.")
+    num_frames = int(num_frames)
     check_media(item, "video", name)
     if isinstance(item, (list, tuple)):
         return [load_image(frame, f"{name}[{index}]") for index, frame in enumerate(item)]
@@ -176,13 +182,19 @@ def load_video(item: Any, num_frames: int = 8, name: str = "video") -> list[Imag
     return read_frames(source, num_frames, name)[0]
 
 
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number of at least 1, of any numeric type."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
+
+
 def _wrong_type(item: Any, name: str, wanted: str) -> MediaError:
     return MediaError(f"{name}: got {type(item).__name__}, but {wanted}.")
 
 
 def _as_numpy(array: np.ndarray | torch.Tensor) -> np.ndarray:
     if isinstance(array, np.ndarray):
-        return array
+        # Types are told apart below, and that of another byte order is another type.
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     array = array.detach().cpu()
     return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
 

@@ -350,7 +350,8 @@ class UniMoEProcessor(ProcessorMixin):
                 features["pixel_values"] = image_pixels(self.image_processor, images, pad, options.image_options)
             elif tower == "video":
                 # A video gives all it has where it has fewer frames.
-                num_frames = options.num_frames or self.num_video_frames if options.do_sample_frames else sys.maxsize
+                num_frames = self.num_video_frames if options.num_frames is None else options.num_frames
+                num_frames = num_frames if options.do_sample_frames else sys.maxsize
                 videos = [load_video(slot.item, num_frames, slot.name) for slot in chosen]
                 features.update(video_pixels(self.image_processor, videos, pad, options.image_options))
             else:
