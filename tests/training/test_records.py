@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from tiny_processor import tiny_processor
 from training_records import RECORDS, turn
 
@@ -38,6 +39,14 @@ def test_paths_start_from_the_root(processor, media_folder, tmp_path):
         read_records(file, processor)
     records = read_records(file, processor, media_root=media_folder)
     assert str(records[1].media["image"][0]) == str(media_folder / "image1.png")
+
+
+def test_an_animated_webp_in_a_list_is_a_video(processor, data_file):
+    file = data_file([{"video": ["a.webp", "b.webp"], "conversations": turn("<video><video>", "x")}])
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for name in ("a.webp", "b.webp"):
+        frames[0].save(file.parent / name, save_all=True, append_images=frames[1:])
+    assert len(read_records(file, processor)[0].media["video"]) == 2
 
 
 def test_an_answer_before_the_first_question_is_left_out(processor, data_file):

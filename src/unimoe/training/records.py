@@ -208,9 +208,10 @@ def _given_media(entry: dict[str, Any], root: Path) -> dict[str, list[Any]]:
         value = entry.get(key)
         if value is None or value == "" or value == []:
             continue
+        value = _resolve(value, root)
         # The released data list the frames of one video, everything else lists items.
         single = not isinstance(value, list) or (kind == "video" and is_frames(value))
-        given.setdefault(kind, []).extend(_resolve(item, root) for item in ([value] if single else value))
+        given.setdefault(kind, []).extend([value] if single else value)
     return given
 
 
