@@ -43,16 +43,16 @@ class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
         init_sparse_moe_weights(module, std)
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
-        """As [`PreTrainedModel.set_attn_implementation`], but sub-configs that no model has are left out of the request.
+        """As [`PreTrainedModel.set_attn_implementation`], without a warning for each sub-config that no model has.
 
-        (Those of routing and of connectors have no attention. Transformers would set it there too, and warn of each.)
+        (Those of routing and of connectors have no attention, yet Transformers wants it set there too.)
         """
         request, current = attn_implementation, self.config._attn_implementation
         if not isinstance(request, dict) and request != current:
             # What stands in for it here, such as a kernel from the hub, is what Transformers would hand on to the parts.
             request = self._check_and_adjust_attn_implementation(request, allow_all_kernels=allow_all_kernels)
         models = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
-        super().set_attn_implementation(_request_of_models(request, self.config, models), allow_all_kernels)
+        super().set_attn_implementation(_set_where_no_model(request, self.config, models), allow_all_kernels)
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As [`PreTrainedModel.save_pretrained`], but tensors keep this model's names unless the originals' are asked for.
@@ -100,15 +100,20 @@ class UniMoEPreTrainedModel(PrefersUnimoeExperts, PreTrainedModel):
         return (model, info) if wants_info else model
 
 
-def _request_of_models(request: str | dict, config: PreTrainedConfig, models: set[int]) -> dict:
-    """`request`, for `config` and its sub-configs, as a dict that names only configs whose `id` is in `models`."""
+def _set_where_no_model(request: str | dict, config: PreTrainedConfig, models: set[int]) -> dict:
+    """Sets what is requested of configs whose `id` is not in `models`; the rest of the request for `config`, as a dict."""
     if not isinstance(request, dict):
         request = dict.fromkeys(["", *config.sub_configs], request)
     named = {
         name: request[name] for name in config.sub_configs if name in request and getattr(config, name) is not None
     }
-    parts = {name: _request_of_models(asked, getattr(config, name), models) for name, asked in named.items()}
-    return {"": request[""], **parts} if "" in request and id(config) in models else parts
+    rest = {name: _set_where_no_model(asked, getattr(config, name), models) for name, asked in named.items()}
+    if "" in request and id(config) in models:
+        rest[""] = request[""]
+    elif "" in request:
+        # On the internal attribute, which does not set the sub-configs too.
+        config._attn_implementation_internal = request[""]
+    return rest
 
 
 def _check_loading_info(folder, info: dict):
