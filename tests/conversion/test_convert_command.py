@@ -254,7 +254,7 @@ def test_places_that_cannot_be_written_to(release, capsys, monkeypatch):
 def test_the_output_may_not_hold_the_input(release, capsys):
     args = release.args("--overwrite", output="base/Uni-MoE-speech-base")
     assert main(args) == 1
-    assert "which is to be converted; choose another --output" in capsys.readouterr().err
+    assert "which is to be read; choose another --output" in capsys.readouterr().err
     assert release.path("base", "config.json").exists()
 
 

@@ -58,7 +58,7 @@ def test_no_input_is_ever_replaced(here, output):
     cache.mkdir(parents=True)
     (cache / "model.safetensors").symlink_to(blobs / "0a")
     output = Path(output.format(here.name))
-    with pytest.raises(ConversionError, match="would replace .*, which is to be converted; choose another --output"):
+    with pytest.raises(ConversionError, match="would replace .*, which is to be read; choose another --output"):
         check_inputs(output.absolute(), [folder, clip, cache])
 
 

@@ -18,6 +18,7 @@ from training_records import RECORDS, turn
 
 from unimoe import UniMoEForConditionalGeneration
 from unimoe.cli import main
+from unimoe.modeling_unimoe.configuration_unimoe import LAYER_PATTERNS
 from unimoe.training.parts import part_of
 from unimoe.training.recipe import Recipe
 from unimoe.training.stages import last_whole_checkpoint
@@ -172,7 +173,7 @@ WRONG_TYPES = {
     "lora: {attention: 1}": "lora: 'attention' must be true or false, found 1",
     "experts: {copies: 2.5}": "experts: 'copies' must be a whole number",
     "experts: {from: dense}": "experts: 'from' must be a list, each of it a text, found 'dense'",
-    "experts: {copies: 2, layers: 2}": "experts: 'layers' must be 'all' or 'even' or a list",
+    "experts: {copies: 2, layers: 2}": "experts: 'layers' must be 'all' or 'even' or 'odd' or 'first_half' or 'second_half' or a",
     "experts: {copies: 2, connectors: [dense]}": "experts: 'connectors' must be a mapping",
     "experts: {copies: 2, router_loss_scope: x}": "experts: 'router_loss_scope' must be 'batch' or 'sample'",
     "experts: {copies: 2, router_aux_loss_coef: x}": "experts: 'router_aux_loss_coef' must be a number",
@@ -182,6 +183,12 @@ WRONG_TYPES = {
     "trainer: {bf16: maybe}": "trainer: 'bf16' must be true or false",
     "distributed: {fsdp_size: x}": "distributed: 'fsdp_size' must be a whole number or nothing",
 }
+
+
+@pytest.mark.parametrize("layers", [*LAYER_PATTERNS, [0, 2]])
+def test_every_choice_of_layers_is_a_recipe_s(layers):
+    experts = {"copies": 2, "layers": layers}
+    assert Recipe(model="x", data=["x"], output="x", train=["all"], experts=experts).experts == experts
 
 
 @pytest.mark.parametrize("text", WRONG_TYPES)

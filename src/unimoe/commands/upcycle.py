@@ -38,16 +38,13 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoProcessor
 
     from ..conversion.folder import copy_code
-    from ..conversion.writer import check_output
+    from ..conversion.writer import check_inputs, check_output
     from ..modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
     from ..upcycling import upcycle
 
     if not (args.folder / "config.json").is_file():
         raise ValueError(f"{args.folder}: no config.json there; give a checkpoint folder")
-    for folder in (args.folder, *args.expert):
-        # Links are followed, so that the weights which are being read are not overwritten under another name.
-        if args.output.resolve() == folder.resolve():
-            raise ValueError(f"{args.output}: the dense checkpoint {folder} itself; choose another --output")
+    check_inputs(args.output, [args.folder, *args.expert])
     check_output(args.output, args.overwrite)
     _check_experts(args)
     counts = {"num_experts": 4 if args.num_experts is None else args.num_experts, "top_k": args.top_k}

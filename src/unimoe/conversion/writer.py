@@ -105,7 +105,7 @@ def check_inputs(output: Path, inputs: Iterable[Path]) -> None:
             link = Path(os.path.realpath(file.parent), file.name) if file.is_symlink() else target
             if replaced & {link, *link.parents, target, *target.parents}:
                 raise ConversionError(
-                    f"{output}: writing there would replace {file}, which is to be converted; choose another --output"
+                    f"{output}: writing there would replace {file}, which is to be read; choose another --output"
                 )
 
 

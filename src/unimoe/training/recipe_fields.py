@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS
+
 LORA = {
     "r": int,
     "alpha": float,
@@ -21,7 +23,7 @@ LORA = {
 EXPERTS = {
     "from": list[str],
     "copies": int,
-    "layers": Literal["all", "even"] | list[int],
+    "layers": Literal[LAYER_PATTERNS] | list[int],
     "top_k": int,
     "connectors": dict[str, str],
     "router_aux_loss_coef": float,
