@@ -32,6 +32,17 @@ def test_equals_definition(unit, experts, norm_topk_prob):
                 torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_results_are_tensors_of_their_own():
+    inputs, other = make_inputs(1, 7), make_inputs(1, 7, 64)
+    with torch.inference_mode():
+        compiled_router(*inputs, 3, True)
+    found = compiled_router(*inputs, 3, True)
+    kept = [tensor.clone() for tensor in found]
+    compiled_router(*other, 3, True)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(found, kept))
+    assert not any(tensor.is_inference() for tensor in found), "gradients can flow through what is made of them"
+
+
 @pytest.mark.parametrize("tokens, experts", [(3000, 8), (3000, 64), (1, 8)])
 def test_threads(tokens, experts):
     before, inputs, found = torch.get_num_threads(), make_inputs(tokens, experts, 256), []

@@ -153,6 +153,8 @@ def test_one_token_and_none(shape, implementation, kind):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_two_runs_are_bit_equal(implementation):
+    if implementation == "batched_mm" and torch.get_num_threads() > 1:
+        pytest.skip("several threads add the gradients of Transformers' batched_mm in no fixed order")
     block = make_block(8, 3, implementation)
     hidden_states = torch.randn(33, HIDDEN)
     runs = []

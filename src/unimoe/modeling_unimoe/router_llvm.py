@@ -114,7 +114,7 @@ def compiled_router(
     """Logits [T, E], weights [T, K] and expert ids int64 [T, K], without gradients; None where the kernel does not take these
     tensors, which must be float32 on a CPU, and where the choice hangs on the order of equal logits.
     """
-    if not (_is_plain(hidden_TH) and _is_plain(weight_EH)) or is_recorded(hidden_TH):
+    if not _are_plain(hidden_TH, weight_EH) or is_recorded(hidden_TH):
         return None
     unit = vector_unit()
     if unit is None or torch.is_autocast_enabled("cpu"):
@@ -123,9 +123,12 @@ def compiled_router(
     if width % FEW_ROWS_COLUMNS or width != weight_width or not tokens or experts > MOST_EXPERTS:
         return None
     is_mapped = experts > EXPERTS_AT_ONCE and tokens > FEW_TOKENS
-    logits_TE = F.linear(hidden_TH, weight_EH) if is_mapped else hidden_TH.new_empty((tokens, experts))
-    weights_TK = hidden_TH.new_empty((tokens, top_k))
-    index_TK = hidden_TH.new_empty((tokens, top_k), dtype=torch.int64)
+    if tokens == 1:
+        logits_TE, weights_TK, index_TK = map(torch.empty_like, _results_of_one_token(experts, top_k))
+    else:
+        logits_TE = F.linear(hidden_TH, weight_EH) if is_mapped else hidden_TH.new_empty((tokens, experts))
+        weights_TK = hidden_TH.new_empty((tokens, top_k))
+        index_TK = hidden_TH.new_empty((tokens, top_k), dtype=torch.int64)
     is_doubtful = router_kernel(experts, top_k, norm_topk_prob, is_mapped, unit)(
         hidden_TH.data_ptr(),
         weight_EH.data_ptr(),
@@ -140,11 +143,20 @@ def compiled_router(
     return None if is_doubtful else (logits_TE, weights_TK, index_TK)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+@functools.cache
+def _results_of_one_token(experts: int, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Logits, weights and ids to make new ones after: a tensor like another takes half the time of one from its shape."""
+    index_TK = torch.empty(1, top_k, dtype=torch.int64, device="cpu")
+    return *(torch.empty(1, size, dtype=torch.float32, device="cpu") for size in (experts, top_k)), index_TK
+
+
+def _are_plain(hidden_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
     return (
-        tensor.dtype is torch.float32
-        and tensor.ndim == 2
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-        and not (tensor.requires_grad and torch.is_grad_enabled())
+        hidden_TH.dtype is weight_EH.dtype is torch.float32
+        and hidden_TH.ndim == weight_EH.ndim == 2
+        and hidden_TH.is_cpu
+        and weight_EH.is_cpu
+        and hidden_TH.is_contiguous()
+        and weight_EH.is_contiguous()
+        and not (torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_EH.requires_grad))
     )
