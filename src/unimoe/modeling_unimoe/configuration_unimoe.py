@@ -128,10 +128,10 @@ class UniMoESparsityConfig(PreTrainedConfig):
     min_capacity: int = 0
     random_token_selection: bool = False
     residual: bool = False
-    router_aux_loss_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
-    router_modality_loss_coef: float = 0.0
-    router_divergence_loss_coef: float = 0.0
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    router_modality_loss_coef: float | int = 0.0
+    router_divergence_loss_coef: float | int = 0.0
     modality_experts: dict[str, list[int]] | None = None
     router_loss_scope: Literal["batch", "sample"] = "batch"
     router_loss_reduction: Literal["sum", "mean"] = "sum"
@@ -355,6 +355,11 @@ class UniMoEConfig(PreTrainedConfig):
     """
 
     model_type = "unimoe"
+    # Of what the model returns, evaluation collects the logits alone; not every batch has the rest.
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "aux_loss", "router_logits", "vision_router_logits", "connector_router_logits"),
+        *(f"{modality}_hidden_states" for modality in MODALITIES),
+    ]
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
