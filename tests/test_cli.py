@@ -95,6 +95,15 @@ class TestDevice:
         assert "no/such/folder" in self.refusal(device, capsys)
 
 
+def test_show_experts(folder, capsys):
+    options = ["--model", str(folder / "model"), "--max-new-tokens", "3"]
+    assert main(["generate", *options, "what is the"]) == 0
+    answer = capsys.readouterr().out
+    assert main(["generate", *options, "--show-experts", "what is the"]) == 0
+    found = capsys.readouterr()
+    assert found.out == answer and "language_model.layers.0.mlp.gate" in found.err and "expert 3" in found.err
+
+
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["info"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -17,6 +17,7 @@ from .processing.media import MediaError
 from .processing.pipeline_unimoe import AnyToTextPipeline
 from .processing.processing_unimoe import UniMoEProcessor
 from .registration import register
+from .routing import record_routing
 from .upcycling import upcycle
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "UniMoETopKRouter",
     "fused_topk_router",
     "load_sparsified",
+    "record_routing",
     "register",
     "sparsify",
     "tiny_checkpoint",

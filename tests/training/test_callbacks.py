@@ -8,7 +8,8 @@ from training_records import RECORDS, turn
 from transformers import Trainer, TrainingArguments
 
 from unimoe import UniMoEForConditionalGeneration
-from unimoe.training.callbacks import MODALITIES, RouterMonitor, add_monitors
+from unimoe.modeling_unimoe.modality_routing import TOKEN_TYPES
+from unimoe.training.callbacks import RouterMonitor, add_monitors
 from unimoe.training.collator import MultimodalCollator
 from unimoe.training.data import ConversationDataset
 from unimoe.training.parts import train_only
@@ -32,11 +33,16 @@ def dataset(processor, data_file):
     return ConversationDataset(data_file(), processor)
 
 
+def number_of_hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def test_numbers_are_those_of_the_router_logits(make_model, processor, dataset, tmp_path, capsys):
     model, collate = make_model(), MultimodalCollator(processor)
     batch = collate([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():
         router_logits = model.train()(**batch, output_router_logits=True).router_logits
+    hooks = number_of_hooks(model)
     trainer = Trainer(model, arguments(tmp_path), collate, dataset)
     add_monitors(trainer)
     monitor = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RouterMonitor))
@@ -46,9 +52,9 @@ def test_numbers_are_those_of_the_router_logits(make_model, processor, dataset, 
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
 
     ids, real = batch["input_ids"].flatten(), batch["attention_mask"].flatten().bool()
-    tokens = {name: ids == getattr(model.config, f"{name}_token_id") for name in MODALITIES[1:]}
+    tokens = {name: ids == getattr(model.config, f"{name}_token_id") for name in TOKEN_TYPES[1:]}
     tokens["text"] = real & ~torch.stack(list(tokens.values())).any(dim=0)
-    for number, name in enumerate(MODALITIES):
+    for number, name in enumerate(TOKEN_TYPES):
         chosen = tokens[name] & real
         counts = [logits[chosen].topk(2).indices.flatten().bincount(minlength=4) for logits in router_logits]
         for layer, count in zip((0, 2), counts):
@@ -59,7 +65,8 @@ def test_numbers_are_those_of_the_router_logits(make_model, processor, dataset, 
         for expert in range(4):
             assert logged[f"expert_load/{name}/{expert}"] == pytest.approx(share[expert].item(), abs=1e-6)
     # Hooks are gone when training is over.
-    assert not monitor._handles
+    assert monitor._counter is None and not monitor._handles
+    assert number_of_hooks(model) == hooks
 
 
 def test_tensorboard_and_bad_records(make_model, processor, data_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 MODALITIES = ("image", "audio", "speech", "video")
@@ -22,6 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--stream", action="store_true", help="print the answer while it is being generated")
+    parser.add_argument(
+        "--show-experts", action="store_true", help="then print, to standard error, which experts the tokens went to"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that lies in the model's folder"
     )
@@ -51,15 +55,18 @@ def run(args: argparse.Namespace) -> int:
     streamer = (
         TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
     )
-    answer = pipe(
-        [{"role": "user", "content": content}],
-        max_new_tokens=args.max_new_tokens,
-        return_full_text=False,
-        **({"generate_kwargs": {"streamer": streamer}} if streamer else {}),
-    )
+    with unimoe.record_routing(pipe.model) if args.show_experts else nullcontext() as routing:
+        answer = pipe(
+            [{"role": "user", "content": content}],
+            max_new_tokens=args.max_new_tokens,
+            return_full_text=False,
+            **({"generate_kwargs": {"streamer": streamer}} if streamer else {}),
+        )
     if not args.stream:
         print(answer[0]["generated_text"].strip())
     sys.stdout.flush()
+    if routing is not None:
+        print(routing, file=sys.stderr)
     return 0
 
 

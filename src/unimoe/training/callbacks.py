@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..modeling_unimoe.modality_routing import TOKEN_TYPES
+from ..routing import PADDING, RoutingCounter
 from .parts import training_report
 
-MODALITIES = ("text", "image", "video", "audio", "speech")
 _LAYER = re.compile(r"language_model\.(?:.*\.)?layers\.(\d+)\.")
 
 
@@ -30,29 +31,18 @@ class RouterMonitor(TrainerCallback):
 
     def __init__(self):
         self.load: dict[int, torch.Tensor] = {}
+        self._counter: RoutingCounter | None = None
         self._handles: list[Any] = []
-        self._reset()
-
-    def _reset(self) -> None:
-        self._counts: dict[int, torch.Tensor] = {}
-        self._entropies: dict[int, torch.Tensor] = {}
-        self._tokens: dict[int, torch.Tensor] = {}
         self._dropped: dict[int, torch.Tensor] = {}
-        self._modality_T: torch.Tensor | None = None
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         """Puts hooks on the routers of the decoder; a model without any is left alone."""
         self._remove()
-        routers = [
-            (int(found[1]), module)
-            for name, module in model.named_modules()
-            if type(module).__name__.endswith("TopKRouter") and (found := _LAYER.search(name))
-        ]
-        whole = next((module for module in model.modules() if hasattr(module, "encode_media")), None)
-        if not routers or whole is None:
+        counter = RoutingCounter(model, chosen=_LAYER.search, when=_is_trained)
+        if not counter.routers:
             return
-        self._layers = {layer: router.weight.shape[0] for layer, router in routers}
-        self._device = routers[0][1].weight.device
+        self._counter = counter
+        counter.attach()
         limited = {
             int(found[1]): module.experts
             for name, module in model.named_modules()
@@ -60,66 +50,28 @@ class RouterMonitor(TrainerCallback):
             and (found := _LAYER.search(f"{name}."))
         }
         self._limited = sorted(limited)
-        self._handles = [whole.register_forward_pre_hook(self._see_inputs, with_kwargs=True)]
-        for layer, router in routers:
-            self._handles.append(router.register_forward_hook(lambda m, i, out, layer=layer: self._see(m, out, layer)))
-
         for layer, experts in limited.items():
             self._handles.append(
                 experts.register_forward_pre_hook(lambda m, inputs, layer=layer: self._see_weights(inputs, layer))
             )
 
-    def _see_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        self._modality_T = None
-        # Without gradients, a step's choices are only counted for its losses; its training pass follows.
-        if not model.training or not torch.is_grad_enabled() or input_ids is None:
-            return
-        modality = torch.zeros_like(input_ids)
-        for number, name in enumerate(MODALITIES[1:], 1):
-            modality[input_ids == getattr(model.config, f"{name}_token_id")] = number
-        if mask is not None and mask.shape == input_ids.shape:
-            modality = modality.masked_fill(mask == 0, -1)
-        self._modality_T = modality.flatten()
-
-    @torch.no_grad()
-    def _see(self, router: nn.Module, output: tuple, layer: int) -> None:
-        modality_T = self._modality_T
-        logits_TE, _, index_TK = output
-        if modality_T is None or logits_TE is None or len(modality_T) != len(logits_TE):
-            return
-        num_experts = logits_TE.shape[-1]
-        real_T = modality_T >= 0
-        modality_T, index_TK = modality_T[real_T], index_TK[real_T]
-        cells = modality_T[:, None] * num_experts + index_TK
-        counts = torch.bincount(cells.flatten(), minlength=len(MODALITIES) * num_experts)
-        log_TE = logits_TE[real_T].float().log_softmax(dim=-1)
-        entropy_T = -(log_TE.exp() * log_TE).sum(dim=-1).double()
-        entropy = torch.zeros(len(MODALITIES), dtype=torch.double, device=modality_T.device)
-        entropy.index_add_(0, modality_T, entropy_T)
-        for store, value in (
-            (self._counts, counts.view(len(MODALITIES), num_experts).double()),
-            (self._entropies, entropy),
-            (self._tokens, torch.bincount(modality_T, minlength=len(MODALITIES)).double()),
-        ):
-            store[layer] = store[layer] + value if layer in store else value
-
     @torch.no_grad()
     def _see_weights(self, inputs: tuple, layer: int) -> None:
-        weights_TK = inputs[2]
-        if self._modality_T is None or len(self._modality_T) != len(weights_TK):
+        weights_TK, types_T = inputs[2], self._counter.types_T
+        if types_T is None or len(types_T) != len(weights_TK):
             return
         # A dropped choice has no weight left.
-        zero_NK = weights_TK[self._modality_T >= 0] == 0
+        zero_NK = weights_TK[types_T != PADDING] == 0
         count = torch.stack([zero_NK.sum(), torch.tensor(zero_NK.numel(), device=zero_NK.device)]).double()
         self._dropped[layer] = self._dropped[layer] + count if layer in self._dropped else count
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, float] | None = None, **kwargs):
         """Adds the numbers to the log and to the history of the run; loggers further down the list see them."""
-        if logs is None or "loss" not in logs or not self._handles:
+        if logs is None or "loss" not in logs or self._counter is None:
             return
         metrics = self._metrics()
-        self._reset()
+        self._counter.reset()
+        self._dropped = {}
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)
@@ -128,39 +80,44 @@ class RouterMonitor(TrainerCallback):
         self._remove()
 
     def _remove(self) -> None:
+        if self._counter is not None:
+            self._counter.detach()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        self._reset()
+        self._counter, self._handles, self._dropped = None, [], {}
 
     def _metrics(self) -> dict[str, float]:
         shares: dict[str, list[float]] = {}
         self.load = {}
-        for layer, num_experts in sorted(self._layers.items()):
-            empty = torch.zeros(len(MODALITIES), num_experts + 2, dtype=torch.double, device=self._device)
-            if layer in self._counts:
-                columns = (self._counts[layer], self._entropies[layer][:, None], self._tokens[layer][:, None])
-                empty = torch.cat(columns, dim=1)
+        for name in self._counter.routers:
+            counts = self._counter.of(name)
+            columns = (counts.choices.double(), counts.entropy[:, None], counts.tokens[:, None].double())
             # A process without any token takes part too.
-            table = _sum_over_processes(empty).cpu()
-            load, entropy, tokens = table[:, :num_experts], table[:, -2], table[:, -1]
+            table = _sum_over_processes(torch.cat(columns, dim=1)).cpu()
+            layer, load = int(_LAYER.search(name)[1]), table[: len(TOKEN_TYPES), :-2]
+            entropy, tokens = table[: len(TOKEN_TYPES), -2:].unbind(1)
             self.load[layer] = load
             if not tokens.sum():
                 continue
             shares[f"expert_load_max/{layer}"] = [float(load.sum(0).max() / load.sum())]
-            for number, name in enumerate(MODALITIES):
+            for number, modality in enumerate(TOKEN_TYPES):
                 if tokens[number]:
                     for expert, share in enumerate((load[number] / load[number].sum()).tolist()):
-                        shares.setdefault(f"expert_load/{name}/{expert}", []).append(share)
-                    relative = float(entropy[number] / tokens[number]) / math.log(max(num_experts, 2))
-                    shares.setdefault(f"router_entropy/{name}", []).append(relative)
+                        shares.setdefault(f"expert_load/{modality}/{expert}", []).append(share)
+                    relative = float(entropy[number] / tokens[number]) / math.log(max(load.shape[1], 2))
+                    shares.setdefault(f"router_entropy/{modality}", []).append(relative)
         for layer in self._limited:
             dropped, choices = _sum_over_processes(
-                self._dropped.get(layer, torch.zeros(2, dtype=torch.double, device=self._device))
+                self._dropped.get(layer, torch.zeros(2, dtype=torch.double, device=counts.tokens.device))
             ).tolist()
             if choices:
                 shares[f"dropped/{layer}"] = [dropped / choices]
         return {name: sum(values) / len(values) for name, values in shares.items()}
+
+
+def _is_trained(model: nn.Module) -> bool:
+    # Without gradients, a step's choices are only counted for its losses; its training pass follows.
+    return model.training and torch.is_grad_enabled()
 
 
 def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:
