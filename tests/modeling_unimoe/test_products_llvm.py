@@ -6,7 +6,7 @@ import torch
 from vector_units import OWN, each_unit, needs_kernels
 
 from unimoe.modeling_unimoe import products_llvm
-from unimoe.modeling_unimoe.products_llvm import compiled_product
+from unimoe.modeling_unimoe.products_llvm import compiled_product, padded_rows
 
 pytestmark = needs_kernels
 unit = each_unit(products_llvm)
@@ -39,6 +39,20 @@ def test_some_rows(unit, out_width, width):
         x = torch.randn(rows, width)
         assert_is_product(compiled_product(x, weight), x, weight)
     assert compiled_product(torch.randn(most + 1, width), weight) is None
+
+
+def test_padded_rows_fill_vectors(unit):
+    few, most = products_llvm.most_few_rows(torch.float32, unit), unit.registers // 8 * unit.width
+    weight = torch.randn(4096, 128)
+    for rows in (1, few):
+        assert padded_rows(rows, weight) == rows
+    for rows in (few + 1, most - 1, most):
+        padded = padded_rows(rows, weight)
+        assert rows <= padded < rows + unit.width and padded % unit.width == 0
+        y = compiled_product(torch.randn(padded, 128), weight)
+        assert y.t().is_contiguous(), "nothing that follows steps over gaps"
+    assert padded_rows(most + 1, weight) == most + 1
+    assert padded_rows(few + 1, weight[:100]) == padded_rows(few + 1, weight.bfloat16()) == few + 1
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 17, 64])

@@ -63,6 +63,16 @@ def test_large_weights(tokens, compiled, kind, monkeypatch):
         torch.testing.assert_close(own, block(hidden_states), rtol=1e-4, atol=1e-4)
 
 
+def test_a_token_that_is_not_finite_stays_alone():
+    block, hidden_states = make_block(**LARGE), torch.randn(40, LARGE["hidden_size"])
+    with torch.no_grad():
+        expected = block(hidden_states)
+        hidden_states[0] = torch.nan
+        found = block(hidden_states)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_large_weights_of_half_the_width(tokens, dtype, tolerance):

@@ -197,12 +197,15 @@ def compiled_product(x_NC: torch.Tensor, weight_RC: torch.Tensor) -> torch.Tenso
         x_NC, y_NR = x_NC.float().contiguous(), x_NC.new_empty((rows, out_width), dtype=torch.float32)
         kernel(x_NC.data_ptr(), weight_RC.data_ptr(), y_NR.data_ptr(), rows, width, out_width)
         return y_NR.to(weight_RC.dtype)
-    vectors = -(-rows // unit.width)
-    if weight_RC.dtype != torch.float32 or vectors > unit.registers // 8:
+    lanes = _lanes(rows, weight_RC.dtype, unit)
+    if lanes is None:
         return None
-    lanes = vectors * unit.width
-    x_CL = (x_NC.new_zeros if rows < lanes else x_NC.new_empty)((width, lanes))
-    x_CL[:, :rows] = x_NC.t()
+    vectors = lanes // unit.width
+    if rows < lanes:
+        x_CL = x_NC.new_zeros((width, lanes))
+        x_CL[:, :rows] = x_NC.t()
+    else:
+        x_CL = x_NC.t().contiguous()
     y_RL = x_NC.new_empty((out_width, lanes))
     # Registers for the sums, a column of x, and a number of W.
     outputs = min(MOST_OUTPUTS, (unit.registers - vectors - 1) // vectors // 2 * 2)
@@ -216,17 +219,38 @@ def most_few_rows(dtype: torch.dtype, unit: VectorUnit) -> int:
     return 4 if dtype == torch.bfloat16 or unit.registers < 32 else 8
 
 
+def padded_rows(rows: int, weight_RC: torch.Tensor) -> int:
+    """How many rows to multiply in the place of `rows`, if they can be had: those that fill vectors take no longer, and what
+    follows need not step over gaps."""
+    unit = vector_unit()
+    if unit is None or not _takes_weight(weight_RC) or rows <= most_few_rows(weight_RC.dtype, unit):
+        return rows
+    return _lanes(rows, weight_RC.dtype, unit) or rows
+
+
+def _lanes(rows: int, dtype: torch.dtype, unit: VectorUnit) -> int | None:
+    """L for this many rows, or None where they are too many, or of a type, for the kernel of some rows."""
+    vectors = -(-rows // unit.width)
+    return vectors * unit.width if dtype == torch.float32 and vectors <= unit.registers // 8 else None
+
+
 def _is_taken(x_NC: torch.Tensor, weight_RC: torch.Tensor) -> bool:
     """Whether there is a kernel for a product of this kind, and a reason to use it."""
-    (rows, width), (out_width, weight_width) = x_NC.shape, weight_RC.shape
+    rows, width = x_NC.shape
+    return (
+        _takes_weight(weight_RC)
+        and x_NC.dtype == weight_RC.dtype
+        and width == weight_RC.shape[1]
+        and rows > 0
+        and not (torch.is_grad_enabled() and (x_NC.requires_grad or weight_RC.requires_grad))
+    )
+
+
+def _takes_weight(weight_RC: torch.Tensor) -> bool:
     return (
         weight_RC.dtype in DTYPES
-        and x_NC.dtype == weight_RC.dtype
-        and width == weight_width
-        and width % FEW_ROWS_COLUMNS == 0
-        and rows > 0
-        and out_width >= MOST_OUTPUTS
+        and weight_RC.shape[1] % FEW_ROWS_COLUMNS == 0
+        and weight_RC.shape[0] >= MOST_OUTPUTS
         and weight_RC.numel() * weight_RC.itemsize >= LARGE_WEIGHT
         and weight_RC.is_contiguous()
-        and not (torch.is_grad_enabled() and (x_NC.requires_grad or weight_RC.requires_grad))
     )

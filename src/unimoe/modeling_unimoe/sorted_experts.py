@@ -29,7 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .few_tokens_llvm import compiled_experts
 from .llvm_kernels import is_recorded
-from .products_llvm import compiled_product
+from .products_llvm import compiled_product, padded_rows
 
 IMPLEMENTATION = "unimoe"
 
@@ -302,13 +302,19 @@ def _run(
     """All experts on their rows, [T, O]. `first` collects the first projections of each."""
     scale_P1 = top_k_weights_TK.reshape(-1, 1)
     outputs = []
-    for expert, pair_N, token_N in _segments(order, top_k_weights_TK.shape[1]):
-        first_NF, y_NO = _run_expert(
-            activation, hidden_TH.index_select(0, token_N), scale_P1.index_select(0, pair_N), weights.of(expert)
-        )
-        outputs.append(y_NO)
+    top_k = top_k_weights_TK.shape[1]
+    for expert, pair_N, token_N in _segments(order, top_k):
+        count, weight = len(pair_N), weights.of(expert)
+        rows = padded_rows(count, weight.first_EFH)
+        if rows > count:
+            # Rows that fill vectors: any pair will do.
+            pair_N = F.pad(pair_N, (0, rows - count))
+            token_N = pair_N // top_k
+        x_NH, scale_N1 = hidden_TH.index_select(0, token_N), scale_P1.index_select(0, pair_N)
+        first_NF, y_NO = _run_expert(activation, x_NH, scale_N1, weight)
+        outputs.append(y_NO[:count])
         if first is not None:
-            first.append(first_NF)
+            first.append(first_NF[:count])
     return _sum_over_choices(outputs, order, hidden_TH, weights.down_EOI.shape[1])
 
 
