@@ -3,10 +3,10 @@
 `python scripts/golden_subset.py path/to/golden`. What is left out is listed in `left_out.json`, by which the tests know it.
 """
 
+import argparse
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors import safe_open
@@ -69,7 +69,13 @@ def copy_facts(file: Path, copy: Path, keep: str, left_out: list[str]) -> None:
 
 
 def main() -> None:
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="GOLDEN", type=Path, help="folder of the full sets")
+    source = parser.parse_args().source
+    missing = [name for name in LEAVE_OUT if not (source / name / "public").is_dir()]
+    if missing:
+        # Asked before the old subset is deleted.
+        parser.error(f"{source}: no {missing[0]}/public there")
     shutil.rmtree(TARGET, ignore_errors=True)
     left_out: list[str] = []
     for name in LEAVE_OUT:

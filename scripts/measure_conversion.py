@@ -265,7 +265,7 @@ def largest_tensor(dtype: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="an empty place with room for everything")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers (32 is the whole model)")
     parser.add_argument("--dtype", default="float16")

@@ -5,6 +5,7 @@ They come from a split of their own: never trained on, and not part of the evalu
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def write(path: Path, media: Any) -> None:
 
 
 def main() -> None:
+    # Without options; whatever else is written behind it shall not replace the files.
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     folder = unimoe.demo.DEMO_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     items, questions = {}, []
