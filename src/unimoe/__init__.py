@@ -26,7 +26,7 @@ register()
 
 
 def tiny_checkpoint() -> str:
-    """The folder of the embedded, trained checkpoint: all four towers, four experts, top-2; no network needed."""
+    """The folder of the embedded, trained checkpoint: all three towers, four experts, top-2; no network needed."""
     return str(Path(__file__).parent / "assets" / "unimoe-tiny")
 
 

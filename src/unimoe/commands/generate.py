@@ -16,12 +16,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "image, audio, speech, video.",
     )
     parser.add_argument("question", help="what to ask; may be empty if a spoken question is given")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the embedded tiny checkpoint)")
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder or repository on the Hub (default: the embedded one)"
+    )
     for modality in MODALITIES:
         parser.add_argument(
             f"--{modality}", metavar="FILE", action="append", default=[], help=f"{modality} path or URL"
         )
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="longest answer, in tokens (default: 256)"
+    )
     parser.add_argument("--stream", action="store_true", help="print the answer while it is being generated")
     parser.add_argument(
         "--show-experts", action="store_true", help="then print, to standard error, which experts the tokens went to"
