@@ -1,5 +1,6 @@
 """The fused router against its definition: values, gradients, ties, dtypes and refusals."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,3 +139,21 @@ def test_module_flattens_tokens_and_returns_logits_first():
 def test_bad_arguments_are_named(arguments, name):
     with pytest.raises(ValueError, match=name):
         UniMoETopKRouter(**{"hidden_size": 8, "num_experts": 4, "top_k": 2, **arguments})
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("top_k, error", [(-1, RuntimeError), (9, RuntimeError), (2.0, TypeError), (None, TypeError)])
+def test_choices_that_there_cannot_be_are_refused_with_and_without_gradients(tokens, top_k, error):
+    for hidden_states, weight in (make_inputs(tokens, 128), [t.detach() for t in make_inputs(tokens, 128)]):
+        with pytest.raises(error, match="k out of range|'k'"):
+            fused_topk_router(hidden_states, weight, top_k)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_numbers_of_numpy_are_numbers(tokens):
+    hidden_states, weight = (t.detach() for t in make_inputs(tokens, 128))
+    # No other test chooses five, so no kernel for it is there yet.
+    for got, wanted in zip(
+        fused_topk_router(hidden_states, weight, np.int64(5)), naive_topk_router(hidden_states, weight, 5)
+    ):
+        torch.testing.assert_close(got, wanted)

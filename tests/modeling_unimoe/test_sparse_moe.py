@@ -10,23 +10,38 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    BloomConfig,
     CLIPVisionConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     PhiConfig,
     Qwen2Config,
     SiglipVisionConfig,
     StableLmConfig,
+    Starcoder2Config,
 )
+from transformers.models.bloom.modeling_bloom import BloomMLP
 from transformers.models.clip.modeling_clip import CLIPMLP
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTConfig, DINOv3ViTMLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
+from transformers.models.gptj.modeling_gptj import GPTJMLP, GPTJConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+from transformers.models.modernbert.modeling_modernbert import ModernBertMLP
+from transformers.models.moonshine.modeling_moonshine import MoonshineConfig, MoonshineDecoderMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionMLP
+from transformers.models.sam.modeling_sam import SamMLPBlock, SamVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 from transformers.models.stablelm.modeling_stablelm import StableLmMLP
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 from unimoe.modeling_unimoe.experts import naive_moe_forward
 from unimoe.modeling_unimoe.router import naive_topk_router
@@ -133,6 +148,13 @@ def test_widths_that_the_kernels_do_not_take(sizes, implementation, dtype, toler
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float64(implementation):
+    hidden_states = torch.randn(9, HIDDEN)
+    output = make_block(implementation=implementation, dtype=torch.float64)(hidden_states.double())
+    torch.testing.assert_close(output.float(), make_block()(hidden_states), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_starved_expert(implementation, dtype, tolerance):
     block = make_block(implementation=implementation, dtype=dtype, router_dtype="float32")
@@ -220,6 +242,11 @@ def test_fresh_block_is_initialised_and_works_alone_without_warnings():
         ({"intermediate_size": 2.5}, "intermediate_size"),
         ({"output_size": 0}, "output_size"),
         ({"router_dtype": "half-ish"}, "router_dtype"),
+        ({"hidden_act": "half-ish"}, "hidden_act"),
+        ({"hidden_act": None}, "hidden_act"),
+        ({"hidden_act": nn.GELU}, "hidden_act"),
+        ({"hidden_act": nn.PReLU()}, "hidden_act"),
+        ({"hidden_act": "xielu"}, "hidden_act"),
     ],
 )
 def test_bad_arguments_are_named(arguments, name):
@@ -302,6 +329,17 @@ DENSE = {
     "clip": lambda: CLIPMLP(CLIPVisionConfig(**SIZES)),
     "siglip": lambda: SiglipMLP(SiglipVisionConfig(**SIZES)),
     "phi": lambda: PhiMLP(PhiConfig(**SIZES)),
+    "phi3": lambda: Phi3MLP(Phi3Config(pad_token_id=None, **SIZES)),
+    "modernbert": lambda: ModernBertMLP(ModernBertConfig(**SIZES)),
+    "gpt2": lambda: GPT2MLP(INTERMEDIATE, GPT2Config(n_embd=HIDDEN, resid_pdrop=0)),
+    "gptj": lambda: GPTJMLP(INTERMEDIATE, GPTJConfig(n_embd=HIDDEN, n_head=4, rotary_dim=4)),
+    "gpt_neox": lambda: GPTNeoXMLP(GPTNeoXConfig(**SIZES)),
+    "starcoder2": lambda: Starcoder2MLP(Starcoder2Config(residual_dropout=0, **SIZES)),
+    "dinov3": lambda: DINOv3ViTMLP(DINOv3ViTConfig(**SIZES)),
+    "qwen3_vl_vision": lambda: Qwen3VLVisionMLP(
+        Qwen3VLVisionConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
+    ),
+    "sam": lambda: SamMLPBlock(SamVisionConfig(hidden_size=HIDDEN, mlp_dim=INTERMEDIATE)),
     "connector": lambda: nn.Sequential(nn.Linear(HIDDEN, INTERMEDIATE), nn.GELU(), nn.Linear(INTERMEDIATE, 40)),
 }
 
@@ -316,10 +354,9 @@ def test_upcycled_block_computes_what_the_mlp_did(kind, implementation):
     hidden_states = torch.randn(2, 5, HIDDEN)
     torch.testing.assert_close(block(hidden_states), mlp(hidden_states), rtol=1e-5, atol=1e-5)
     state = block.state_dict()
-    linears = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
     for expert in range(4):
         copied = torch.cat([p[expert].flatten() for name, p in state.items() if name != "gate.weight"]).sort().values
-        assert torch.equal(copied, torch.cat([p.flatten() for m in linears for p in m.parameters()]).sort().values)
+        assert torch.equal(copied, torch.cat([p.flatten() for p in mlp.parameters()]).sort().values)
     assert block.gate.weight.any()
 
 
@@ -338,9 +375,10 @@ def test_upcycling_keeps_dtype_mode_and_requires_grad_and_leaves_the_mlp_alone()
     assert all(torch.equal(v, before[k]) for k, v in mlp.state_dict().items())
 
 
-def test_upcycling_on_meta():
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_upcycling_on_meta(kind):
     with torch.device("meta"):
-        mlp = DENSE["llama"]()
+        mlp = DENSE[kind]()
     block = UniMoESparseMoeBlock.from_dense(mlp, 4, 2)
     assert all(p.is_meta for p in block.parameters())
 
@@ -355,13 +393,30 @@ def test_upcycling_router_spread_and_fresh_experts():
     assert block.experts.config is config
 
 
-def phi3_mlp():
-    return Phi3MLP(Phi3Config(**SIZES))
-
-
 class ScaledMLP(LlamaMLP):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def faint_scaled_mlp():
+    mlp = ScaledMLP(LlamaConfig(**SIZES))
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=0.005)
+    return mlp
+
+
+class ConditionedMLP(LlamaMLP):
+    def forward(self, x, condition):
+        return super().forward(x) + condition
+
+
+class UpcastingMLP(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+class PackedLinear(nn.Module):
+    """Like the linear maps of quantisers that keep no `weight`."""
 
 
 class DropoutMLP(LlamaMLP):
@@ -382,10 +437,18 @@ def narrowed_mlp():
     return mlp
 
 
+def packed_mlp():
+    mlp = DENSE["llama"]()
+    mlp.up_proj = PackedLinear()
+    return mlp
+
+
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (phi3_mlp, TypeError, "Phi3MLP"),
+        (lambda: BloomMLP(BloomConfig(hidden_size=HIDDEN)), TypeError, "cannot make BloomMLP"),
+        (lambda: MoonshineDecoderMLP(MoonshineConfig(**SIZES), "silu"), TypeError, "computes more"),
+        (lambda: None, TypeError, "nn.Module, got None"),
         (lambda: nn.Linear(4, 4), TypeError, "Linear"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.GELU()), TypeError, "Sequential"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 4)), TypeError, "activation"),
@@ -393,9 +456,13 @@ def narrowed_mlp():
         (lambda: MixtralSparseMoeBlock(MixtralConfig(**SIZES)), TypeError, "sparse already"),
         (lambda: make_block(), TypeError, "sparse already"),
         (lambda: ScaledMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
+        (faint_scaled_mlp, TypeError, "computes more"),
+        (lambda: ConditionedMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
+        (lambda: UpcastingMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
         (lambda: DropoutMLP(LlamaConfig(**SIZES)), ValueError, "dropout"),
         (lambda: FunctionalDropoutMLP(CLIPVisionConfig(**SIZES)), ValueError, "dropout"),
         (narrowed_mlp, TypeError, "Linear4bit"),
+        (packed_mlp, TypeError, "PackedLinear"),
     ],
 )
 def test_unsupported_modules_are_refused(make, error, words):

@@ -3,19 +3,30 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModel,
+    BloomConfig,
+    BloomModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    DogeConfig,
+    DogeForCausalLM,
+    GitConfig,
+    GitForCausalLM,
     GPT2Config,
-    GPT2Model,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -24,12 +35,16 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SegformerConfig,
+    SegformerModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     StableLmConfig,
@@ -60,6 +75,7 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
+GPT = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
 IDS = torch.tensor([[3, 5, 7, 9, 11], [4, 6, 8, 10, 12]])
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
 
@@ -81,6 +97,9 @@ STOCK = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**TEXT)),
     "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**TEXT)),
     "phi": lambda: PhiForCausalLM(PhiConfig(**TEXT)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**TEXT)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(resid_pdrop=0, **GPT)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TEXT)),
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
     "clip_projection": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
@@ -201,6 +220,23 @@ def test_heads_without_generation_hand_router_logits_up_too():
     assert len(model(IDS, output_router_logits=True).router_logits) == 1
 
 
+def test_heads_that_keep_the_request_to_themselves_hand_router_logits_up_too():
+    model = sparsify(DogeForCausalLM(DogeConfig(**TEXT)), [1], 4, 2)
+    assert [r.shape for r in model(IDS, output_router_logits=True).router_logits] == [(10, 4)]
+
+
+def test_a_stack_that_is_not_called_has_no_router_logits():
+    model = sparsify(GitForCausalLM(GitConfig(vision_config=VISION, **TEXT)).eval(), [1], 4, 2)
+    assert model(IDS, output_router_logits=True).router_logits == ()
+    assert len(model(IDS, pixel_values=PIXELS, output_router_logits=True).router_logits) == 1
+
+
+def test_models_that_record_nothing_say_so():
+    model = sparsify(GPTJForCausalLM(GPTJConfig(rotary_dim=4, resid_pdrop=0, **GPT)), [1], 4, 2)
+    with pytest.raises(ValueError, match="GPTJModel does not record outputs"):
+        model(IDS, output_router_logits=True)
+
+
 # ---- life as a Transformers model
 
 
@@ -235,7 +271,7 @@ def test_copies_and_pickles(sparse_llama):
     assert sparse_llama.config._experts_implementation == "unimoe"
 
 
-@pytest.mark.parametrize("kind", ["llama", "clip", "siglip", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "clip", "siglip", "phi", "phi3", "gpt2", "gpt_neox"])
 def test_saved_and_loaded_again(kind, tmp_path):
     model = sparsify(STOCK[kind]().eval(), [2, 0], [3, 4], 2, norm_topk_prob=False, router_dtype=torch.float32)
     for parameter in model.parameters():
@@ -286,6 +322,21 @@ def test_loading_something_else_is_refused(tmp_path):
         load_sparsified(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unimoe_sparsity"):
         type(sparsify(llama()))(LlamaConfig(**TEXT))
+
+
+class LlamaOfOnesOwn(LlamaForCausalLM):
+    pass
+
+
+def test_classes_that_transformers_does_not_offer_are_named_by_the_caller(tmp_path):
+    model = sparsify(LlamaOfOnesOwn(LlamaConfig(**TEXT)).eval(), "even", 4, 2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_class=LlamaOfOnesOwn"):
+        load_sparsified(tmp_path)
+    for model_class in (LlamaOfOnesOwn, type(model)):
+        again = load_sparsified(tmp_path, model_class=model_class)
+        assert isinstance(again, LlamaOfOnesOwn)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -396,6 +447,7 @@ def test_meta_model_stays_on_meta():
         ("second_half", [2, 3, 4]),
         ([4, 0], [4, 0]),
         (range(2), [0, 1]),
+        (np.array([3, 1]), [3, 1]),
     ],
 )
 def test_layer_rules(layers, expected):
@@ -439,8 +491,8 @@ def test_models_that_cannot_be_made_sparse_are_refused_whole(sparse_llama):
         sparsify(sparse_llama, "all")
     with pytest.raises(TypeError, match="sparse already"):
         sparsify(MixtralForCausalLM(MixtralConfig(num_local_experts=2, **TEXT)))
-    with pytest.raises(TypeError, match="layer 0 of GPT2Model: cannot make GPT2MLP"):
-        sparsify(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
+    with pytest.raises(TypeError, match="layer 0 of BloomModel: cannot make BloomMLP"):
+        sparsify(BloomModel(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)))
     with pytest.raises(TypeError, match="PreTrainedModel"):
         sparsify(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no list of layers"):
@@ -459,6 +511,13 @@ def test_several_stacks_are_named():
         sparsify(model)
     sparsify(model.vision_model)
     assert isinstance(model.vision_model.encoder.layers[0].mlp, UniMoESparseMoeBlock)
+
+
+def test_stacks_that_are_no_models_are_not_offered_as_such():
+    stages = {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 8], "num_attention_heads": [1, 1]}
+    model = SegformerModel(SegformerConfig(sr_ratios=[1, 1], patch_sizes=[3, 3], strides=[2, 2], **stages))
+    with pytest.raises(ValueError, match=r"several stacks .*from_dense: stages.0.blocks, stages.1.blocks"):
+        sparsify(model)
 
 
 def test_a_second_call_takes_the_layers_that_are_still_dense(sparse_llama, tmp_path):

@@ -5,6 +5,7 @@ A family of checkpoints is a setting of these classes, never a class of its own.
 
 import copy
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -52,13 +53,14 @@ def resolve_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
         raise ValueError(f"`layers` must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
     chosen = list(patterns[layers] if isinstance(layers, str) else layers)
     for index in chosen:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < num_layers:
+        if not isinstance(index, Integral) or isinstance(index, bool) or not 0 <= index < num_layers:
             raise ValueError(f"`layers` holds {index!r}, but the stack has the layers 0 to {num_layers - 1}")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"`layers` holds an index twice: {chosen}")
     if not chosen:
         raise ValueError(f"`layers`={layers!r} chooses none of {num_layers} layers")
-    return chosen
+    # NumPy's integers do not go into a JSON file.
+    return [int(index) for index in chosen]
 
 
 def check_capacities(capacity_factor: Any, eval_capacity_factor: Any, min_capacity: Any) -> None:
@@ -565,6 +567,17 @@ class UniMoEConfig(PreTrainedConfig):
     def custom_pipelines(self, pipelines: dict[str, Any]):
         # Transformers sets the tasks of a user's own pipeline when that is saved. Ours is a constant of the class.
         self._other_pipelines = {task: info for task, info in pipelines.items() if task not in CUSTOM_PIPELINES}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "UniMoEConfig":
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            # Transformers warns and goes on with all defaults: billions of random weights before a tensor is found missing.
+            raise ValueError(
+                f"The config describes a {model_type!r}, not a {cls.model_type!r}: load it with AutoConfig or AutoModel, and "
+                "turn an official Uni-MoE, MoE-LLaVA or CuMo checkpoint into one with `unimoe convert`"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

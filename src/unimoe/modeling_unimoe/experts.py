@@ -19,6 +19,7 @@ from .sorted_experts import IMPLEMENTATION
 
 # The grouped matmul kernels want every row to begin at a multiple of this many bytes.
 GROUPED_MM_ALIGNMENT = 16
+GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _ShapeAwareExperts:
@@ -56,6 +57,9 @@ class UniMoEExperts(nn.Module):
         output_size: O, by default H. Where it differs Transformers' implementations give way to the eager loop, because
             they assume O = H.
         hidden_act: a name known to Transformers or a parameter-free callable.
+
+    Raises:
+        ValueError: `hidden_act` is neither.
     """
 
     has_gate: bool
@@ -76,7 +80,7 @@ class UniMoEExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.output_size = hidden_size if output_size is None else output_size
         self.num_experts = num_experts
-        self.act_fn = ACT2FN[hidden_act] if isinstance(hidden_act, str) else hidden_act
+        self.act_fn = _resolve_activation(hidden_act)
         first, rows = ("gate_up_proj", 2 * intermediate_size) if self.has_gate else ("up_proj", intermediate_size)
         self.register_parameter(first, nn.Parameter(torch.empty(num_experts, rows, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, self.output_size, intermediate_size))
@@ -90,7 +94,7 @@ class UniMoEExperts(nn.Module):
         if self.output_size != self.hidden_size:
             return False
         if implementation == "grouped_mm":
-            return all(
+            return dtype in GROUPED_MM_DTYPES and all(
                 n * dtype.itemsize % GROUPED_MM_ALIGNMENT == 0 for n in (self.hidden_size, self.intermediate_size)
             )
         return True
@@ -168,6 +172,19 @@ _EXPERTS_CLASSES = {
     (cls.has_gate, cls.has_bias): cls
     for cls in (UniMoEGatedExperts, UniMoEGatedBiasedExperts, UniMoEUngatedExperts, UniMoEUngatedBiasedExperts)
 }
+
+
+def _resolve_activation(hidden_act: str | Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    act_fn = hidden_act
+    if isinstance(hidden_act, str):
+        act_fn = ACT2FN[hidden_act] if hidden_act in ACT2FN else None
+    # Experts share one activation, and not every implementation would train parameters of it.
+    has_parameters = isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters())
+    if not callable(act_fn) or isinstance(act_fn, type) or has_parameters:
+        raise ValueError(
+            f"hidden_act must be a name known to Transformers or a callable without parameters, got {hidden_act!r}"
+        )
+    return act_fn
 
 
 def make_experts(config: Any | None, *args, gated: bool = True, bias: bool = False, **kwargs) -> UniMoEExperts:

@@ -122,6 +122,9 @@ def compiled_router(
     (tokens, width), (experts, weight_width) = hidden_TH.shape, weight_EH.shape
     if width % FEW_ROWS_COLUMNS or width != weight_width or not tokens or experts > MOST_EXPERTS:
         return None
+    # `torch.topk` refuses other numbers, and knows those of NumPy.
+    if type(top_k) is not int or not 0 < top_k <= experts:
+        return None
     is_mapped = experts > EXPERTS_AT_ONCE and tokens > FEW_TOKENS
     if tokens == 1:
         logits_TE, weights_TK, index_TK = map(torch.empty_like, _results_of_one_token(experts, top_k))

@@ -9,14 +9,29 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
 from .capacity import ExpertCapacity
 from .experts import UniMoEExperts, init_experts_weights, make_experts
 from .router import UniMoETopKRouter
 
+# The linear maps of dense MLPs as Transformers names them, the last one last. A first one of twice the width is gate and up.
+LINEAR_NAMES = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"),
+    ("fc1", "fc2"),
+    ("up_proj", "down_proj"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("fc_in", "fc_out"),
+    ("linear_fc1", "linear_fc2"),
+    ("lin1", "lin2"),
+    ("Wi", "Wo"),
+)
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 SUPPORTED_MLPS = (
-    "gate_proj/up_proj/down_proj with act_fn (Llama, Mistral, Qwen2, StableLM, Gemma), "
-    "fc1/fc2 with activation_fn (CLIP, SigLIP, Phi), or nn.Sequential(Linear, activation, Linear)"
+    f"linear maps named {', '.join('/'.join(names) for names in LINEAR_NAMES)} with an activation named "
+    f"{' or '.join(ACTIVATION_NAMES)}, and nn.Sequential(Linear, activation, Linear)"
 )
 
 
@@ -160,11 +175,11 @@ class UniMoESparseMoeBlock(nn.Module):
         with torch.device("meta"):
             return cls(
                 dense.first[0].in_features,
-                dense.first[0].out_features,
+                dense.down.in_features,
                 num_experts,
                 top_k,
                 hidden_act=copy.deepcopy(dense.act_fn),
-                gated=len(dense.first) == 2,
+                gated=dense.is_gated,
                 bias=dense.has_bias,
                 output_size=dense.down.out_features,
                 **options,
@@ -191,8 +206,8 @@ class UniMoESparseMoeBlock(nn.Module):
         as it was.
 
         Args:
-            mlp: gate_proj/up_proj/down_proj (Llama, Mistral, Qwen2, StableLM, Gemma), fc1/fc2 (CLIP, SigLIP, Phi) or
-                nn.Sequential(Linear, activation, Linear). Input and output width may differ.
+            mlp: a module whose linear maps have the names of one of `LINEAR_NAMES` (Llama, Qwen, Gemma, Phi3, GLM, CLIP, SigLIP,
+                GPT-2, GPT-NeoX, ...), or nn.Sequential(Linear, activation, Linear). Input and output width may differ.
             num_experts: E.
             top_k: experts per token.
             norm_topk_prob, router_dtype, config: as for the class.
@@ -230,7 +245,7 @@ class UniMoESparseMoeBlock(nn.Module):
 
 @dataclass
 class DenseMlp:
-    """The parts of a dense MLP: its first linear maps (gate and up, or one alone), its activation and its last map."""
+    """The parts of a dense MLP: its first linear maps (gate and up, both in one, or up alone), activation and last map."""
 
     first: list[nn.Linear]
     down: nn.Linear
@@ -240,19 +255,21 @@ class DenseMlp:
     def read(cls, mlp: nn.Module) -> "DenseMlp":
         """Takes a module apart, or raises TypeError or ValueError (see `UniMoESparseMoeBlock.from_dense`)."""
         name = type(mlp).__name__
+        if not isinstance(mlp, nn.Module):
+            raise TypeError(f"mlp must be an nn.Module, got {mlp!r}")
         if isinstance(mlp, UniMoESparseMoeBlock) or hasattr(mlp, "experts"):
             raise TypeError(f"{name} is sparse already; a dense MLP is needed: {SUPPORTED_MLPS}")
         parts = {key: child for key, child in mlp.named_children() if not isinstance(child, _DropoutNd)}
         if isinstance(mlp, nn.Sequential):
-            parts = dict(zip(("fc1", "activation_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
-        linear_names = {key for key in parts if key not in ("act_fn", "activation_fn")}
-        if linear_names == {"gate_proj", "up_proj", "down_proj"}:
-            dense = cls([parts["gate_proj"], parts["up_proj"]], parts["down_proj"], getattr(mlp, "act_fn", None))
-        elif linear_names == {"fc1", "fc2"}:
-            act_fn = parts.get("activation_fn", getattr(mlp, "activation_fn", None))
-            dense = cls([parts["fc1"]], parts["fc2"], act_fn)
-        else:
+            parts = dict(zip(("fc1", "act_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
+        found = parts.keys() - set(ACTIVATION_NAMES)
+        names = next((names for names in LINEAR_NAMES if found == set(names)), None)
+        if names is None:
             raise TypeError(f"cannot make {name} sparse; supported are {SUPPORTED_MLPS}")
+        *first, down = (_as_linear(parts[key]) for key in names)
+        # Not every activation is a module, and so among the parts.
+        act_fns = (parts.get(key, getattr(mlp, key, None)) for key in ACTIVATION_NAMES)
+        dense = cls(first, down, next((act_fn for act_fn in act_fns if act_fn is not None), None))
         rates = [child.p for child in mlp.modules() if isinstance(child, _DropoutNd)]
         rates += [value for key, value in vars(mlp).items() if "dropout" in key and isinstance(value, float)]
         if any(rates):
@@ -268,16 +285,23 @@ class DenseMlp:
         return [*self.first, self.down]
 
     @property
+    def is_gated(self) -> bool:
+        return sum(linear.out_features for linear in self.first) == 2 * self.down.in_features
+
+    @property
     def has_bias(self) -> bool:
         return any(linear.bias is not None for linear in self.linears)
 
     def _check(self, name: str) -> None:
         for linear in self.linears:
             # Exactly nn.Linear and plain tensors: quantised or adapted layers subclass or wrap them.
-            if type(linear) is not nn.Linear or type(linear.weight.data) is not torch.Tensor:
+            kind = f"{type(linear).__module__}.{type(linear).__name__}"
+            if type(linear) is nn.Linear:
+                kind = f"nn.Linear of {type(linear.weight.data).__name__}"
+            if kind != "nn.Linear of Tensor":
                 raise TypeError(
-                    f"{name} holds a {type(linear).__name__} of {type(linear.weight.data).__name__} where a plain "
-                    "nn.Linear is needed: make a model sparse before it is quantised, adapted (LoRA) or sharded"
+                    f"{name} holds a {kind} where a plain nn.Linear is needed: make a model sparse before it is "
+                    "quantised, adapted (LoRA) or sharded"
                 )
             if not linear.weight.is_floating_point():
                 raise TypeError(
@@ -289,8 +313,9 @@ class DenseMlp:
                 )
         if not callable(self.act_fn) or (isinstance(self.act_fn, nn.Module) and len(list(self.act_fn.parameters()))):
             raise TypeError(f"{name} has no parameter-free activation; supported are {SUPPORTED_MLPS}")
-        shapes = {tuple(linear.weight.shape) for linear in self.first}
-        if len(shapes) != 1 or self.first[0].out_features != self.down.in_features:
+        width = self.down.in_features
+        has_known_widths = [linear.out_features for linear in self.first] in ([width], [2 * width], [width, width])
+        if len({linear.in_features for linear in self.first}) != 1 or not has_known_widths:
             raise TypeError(
                 f"{name}: the widths of its linear maps do not fit together; supported are {SUPPORTED_MLPS}"
             )
@@ -305,10 +330,18 @@ class DenseMlp:
         probe = (
             torch.linspace(-2, 2, 2 * features, device=weight.device).cos().reshape(1, 2, features).to(weight.dtype)
         )
-        hidden = self.act_fn(self.first[0](probe))
-        if len(self.first) == 2:
-            hidden = hidden * self.first[1](probe)
-        if not torch.allclose(mlp(probe), self.down(hidden), rtol=1e-3, atol=1e-5, equal_nan=True):
+        hidden = torch.cat([linear(probe) for linear in self.first], dim=-1)
+        if self.is_gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.act_fn(gate) * up
+        else:
+            hidden = self.act_fn(hidden)
+        try:
+            computed = mlp(probe)
+        except TypeError:
+            # It wants more than hidden states.
+            computed = None
+        if not _agree(computed, self.down(hidden)):
             raise TypeError(
                 f"{type(mlp).__name__} computes more than its linear maps and activation; supported are "
                 f"{SUPPORTED_MLPS}"
@@ -323,6 +356,27 @@ class DenseMlp:
         if experts.has_bias:
             getattr(experts, f"{first}_bias").copy_(torch.cat([_bias(linear) for linear in self.first]))
             experts.down_proj_bias.copy_(_bias(self.down))
+
+
+def _as_linear(module: nn.Module) -> nn.Module:
+    """GPT-2's linear map, which keeps its weight transposed, as the usual one with a view of it; others as they are."""
+    if type(module) is not Conv1D:
+        return module
+    linear = nn.Linear(*module.weight.shape, device="meta")
+    linear.weight = nn.Parameter(module.weight.t(), requires_grad=module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear
+
+
+def _agree(computed: object, expected: torch.Tensor) -> bool:
+    """Whether both are the same but for rounding, measured by the largest value: new models compute tiny ones."""
+    if not isinstance(computed, torch.Tensor):
+        return False
+    if (computed.shape, computed.dtype) != (expected.shape, expected.dtype):
+        return False
+    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+    largest = expected.nan_to_num(posinf=0, neginf=0).abs().max().item()
+    return torch.allclose(computed, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor:

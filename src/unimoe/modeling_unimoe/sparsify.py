@@ -140,7 +140,9 @@ def _experts_by_layer(indices: list[int], num_experts: int | Sequence[int]) -> d
     return dict(zip(indices, counts))
 
 
-def load_sparsified(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def load_sparsified(
+    folder: str | os.PathLike, *, model_class: type[PreTrainedModel] | None = None, **kwargs
+) -> PreTrainedModel:
     """Loads what a sparsified stock model's `save_pretrained` wrote: `load_sparsified("my-moe", dtype="bfloat16")`.
 
     `config.json` names the stock class (`architectures`) and the calls of `sparsify` that made it sparse
@@ -148,6 +150,8 @@ def load_sparsified(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
     Args:
         folder: a local folder or a hub name.
+        model_class: the dense class of the model, for one that `transformers` itself does not offer by its name: a class of your
+            own, or a part of a model that only its module knows.
         kwargs: as for the stock class's `from_pretrained`: fields of the configuration, `subfolder`, `revision`, `dtype` and so
             on. A `config` of the caller's must hold the two entries as well, as the one that was saved does.
 
@@ -167,12 +171,15 @@ def load_sparsified(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
     name = (fields.get("architectures") or [None])[0]
-    stock_class = getattr(transformers, name or "", None)
-    if stock_class is None or not fields.get(CONFIG_KEY):
+    stock_class = model_class or getattr(transformers, name or "", None)
+    if not fields.get(CONFIG_KEY):
         raise ValueError(
-            f"{source} describes no sparsified Transformers model (architectures {name}, {CONFIG_KEY} "
-            f"{fields.get(CONFIG_KEY)}); load it with the class that saved it"
+            f"{source} describes no sparsified Transformers model (architectures {name}, no {CONFIG_KEY}); load it with "
+            "the class that saved it"
         )
+    if stock_class is None:
+        raise ValueError(f"transformers has no {name}; name the dense class of {source}: model_class={name}")
+    stock_class = getattr(stock_class, "_stock_class", stock_class)
     return sparse_class(stock_class, records=False).from_pretrained(folder, **kwargs)
 
 
@@ -190,10 +197,10 @@ def _find_layers(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no list of layers with an `mlp` each, so nothing can be made sparse"
         )
     if len(stacks) > 1:
-        parts = ", ".join(f"{_chain(model, name)[-1][0] or name} ({name})" for name in stacks)
-        raise ValueError(
-            f"{type(model).__name__} has several stacks of layers; pass the submodel that is meant: {parts}"
-        )
+        owners = [_chain(model, name)[-1][0] for name in stacks]
+        parts = [f"{owner} ({name})" for owner, name in zip(owners, stacks) if owner and owners.count(owner) == 1]
+        remedy = "pass the submodel that is meant: " if parts else "give each MLP to UniMoESparseMoeBlock.from_dense: "
+        raise ValueError(f"{type(model).__name__} has several stacks of layers; {remedy}{', '.join(parts or stacks)}")
     return stacks[0]
 
 
@@ -332,18 +339,34 @@ def _hand_up_router_logits(stock_forward):
         thread = threading.get_ident()
         seen = []
 
-        def keep(module, inputs, output):
-            if threading.get_ident() == thread:
-                seen.append(output["router_logits"])
+        def ask(module, inputs, options):
+            # Some heads keep the request to themselves.
+            return (inputs, {**options, "output_router_logits": True}) if threading.get_ident() == thread else None
 
-        handle = recorder.register_forward_hook(keep)
+        def keep(module, inputs, output):
+            if threading.get_ident() != thread:
+                return
+            if getattr(output, "router_logits", None) is None:
+                raise ValueError(
+                    f"{type(module).__name__} does not record outputs the way of Transformers, so it has no router logits "
+                    "to return; hooks on the routers (`mlp.gate`) see them"
+                )
+            seen.append(output.router_logits)
+
+        handles = [
+            recorder.register_forward_pre_hook(ask, with_kwargs=True),
+            recorder.register_forward_hook(keep),
+        ]
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        # A vision tower is not called for text alone.
+        router_logits = seen[-1] if seen else ()
         if isinstance(output, tuple):
-            return *output, seen[-1]
-        output["router_logits"] = seen[-1]
+            return *output, router_logits
+        output["router_logits"] = router_logits
         return output
 
     return forward
