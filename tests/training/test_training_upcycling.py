@@ -71,6 +71,9 @@ def test_refusals(dense, model_folder, make_model, tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     for experts, options, words in (
         ([dense], {}, "at least two"),
+        (str(dense), {}, "each with its folder"),
+        ([dense, dense], {"layers": 2}, "layers: must be one of .* got 2"),
+        ([dense, dense], {"router_loss_scope": "token"}, "router_loss_scope"),
         ([dense, sparse], {}, "sparse.*does not match the base"),
         ([dense, tmp_path / "wide"], {}, r"wide.*\[32, 64\] there and \[32, 48\]"),
         ([dense, tmp_path / "empty"], {}, "empty.*no config.json"),

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from ..modeling_unimoe.configuration_unimoe import UniMoESparsityConfig
+from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS, UniMoESparsityConfig
 from ..modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
 from ..modeling_unimoe.sparse_moe import DenseMlp
 from ..modeling_unimoe.sparsify import sparsify
@@ -86,8 +86,19 @@ def assemble_experts(
         ValueError: a folder is not whole or does not fit the base, the base is sparse already, or an argument is out of
             range. Names and shapes of all folders are compared before any weights are read.
     """
-    if len(experts) < 2:
-        raise ValueError(f"experts: a sparse layer needs at least two, got {len(experts)}")
+    if isinstance(experts, str | os.PathLike) or len(experts) < 2:
+        raise ValueError(f"experts: a sparse layer needs at least two, each with its folder, got {experts!r}")
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers: must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
+    sparsity = UniMoESparsityConfig(
+        layers=layers if isinstance(layers, str) else list(layers),
+        num_experts=len(experts),
+        top_k=top_k,
+        router_dtype=router_dtype,
+        router_aux_loss_coef=router_aux_loss_coef,
+        router_z_loss_coef=router_z_loss_coef,
+        router_loss_scope=router_loss_scope,
+    )
     sources = {
         str(folder): Checkpoint(folder) for folder in dict.fromkeys([base, *experts, *(connectors or {}).values()])
     }
@@ -103,20 +114,11 @@ def assemble_experts(
     if model.config.text_sparsity is not None:
         raise ValueError(f"{base}: the base is sparse already; give a dense checkpoint")
     decoder = model.model.language_model
-    sparsity = UniMoESparsityConfig(
-        layers=layers if isinstance(layers, str) else list(layers),
-        num_experts=len(experts),
-        top_k=top_k,
-        router_dtype=router_dtype,
-        router_aux_loss_coef=float(router_aux_loss_coef),
-        router_z_loss_coef=float(router_z_loss_coef),
-        router_loss_scope=router_loss_scope,
-    )
     indices = sparsity.layer_indices(len(decoder.layers))
     dense = {index: copy.deepcopy(decoder.layers[index].mlp) for index in indices}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sparsify(decoder, layers=layers, num_experts=len(experts), top_k=top_k, router_dtype=router_dtype)
+        sparsify(decoder, layers=sparsity.layers, num_experts=len(experts), top_k=top_k, router_dtype=router_dtype)
     for index in indices:
         block = decoder.layers[index].mlp
         for expert, folder in enumerate(experts):
