@@ -83,11 +83,15 @@ def test_router_dtype_is_that_of_the_linear_map_and_weights_keep_the_working_dty
     hidden_states, weight = make_inputs(dtype=torch.bfloat16)
     logits, weights, _ = fused_topk_router(hidden_states, weight, 2)
     assert (logits.dtype, weights.dtype) == (torch.bfloat16, torch.bfloat16)
-    logits, weights, index = fused_topk_router(hidden_states, weight, 2, router_dtype=torch.float32)
-    assert (logits.dtype, weights.dtype) == (torch.float32, torch.bfloat16)
     exact = hidden_states.float() @ weight.float().T
-    torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-5)
-    assert torch.equal(index, exact.topk(2).indices)
+    for router in (fused_topk_router, naive_topk_router, route):
+        for router_dtype in (torch.float32, "float32"):
+            logits, weights, index, *_ = router(hidden_states, weight, 2, router_dtype=router_dtype)
+            assert (logits.dtype, weights.dtype) == (torch.float32, torch.bfloat16)
+            torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-5)
+            assert torch.equal(index, exact.topk(2).indices)
+    with pytest.raises(ValueError, match="router_dtype"):
+        fused_topk_router(hidden_states, weight, 2, router_dtype="float31")
 
 
 def test_logits_only_on_request():
@@ -134,6 +138,7 @@ def test_module_flattens_tokens_and_returns_logits_first():
         ({"router_dtype": "float31"}, "router_dtype"),
         ({"router_dtype": "int32"}, "router_dtype"),
         ({"router_dtype": 32}, "router_dtype"),
+        ({"router_dtype": "float8_e4m3fn"}, "router_dtype"),
     ],
 )
 def test_bad_arguments_are_named(arguments, name):

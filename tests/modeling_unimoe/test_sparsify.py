@@ -432,6 +432,8 @@ def test_meta_model_stays_on_meta():
     with torch.device("meta"):
         model = sparsify(LlamaModel(LlamaConfig(**TEXT)))
     assert all(p.is_meta for p in model.parameters())
+    # Shapes can be had from it, as from the dense model.
+    assert model(IDS.to("meta"))[0].shape == (2, 5, 32)
 
 
 # ---- which layers, and what is refused

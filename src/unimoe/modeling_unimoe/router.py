@@ -37,7 +37,7 @@ def naive_topk_router(
     top_k: int,
     *,
     norm_topk_prob: bool = True,
-    router_dtype: torch.dtype | None = None,
+    router_dtype: str | torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The definition, for tests and for reading: softmax over all experts, keep the top k, renormalise.
 
@@ -46,12 +46,12 @@ def naive_topk_router(
         weight_EH: float [E, H].
         top_k: experts per token, 1 to E.
         norm_topk_prob: whether the chosen weights are divided by their sum.
-        router_dtype: dtype of the linear map; None keeps the dtype of `hidden_states_TH`.
+        router_dtype: dtype of the linear map, as a name or a `torch.dtype`; None keeps the dtype of `hidden_states_TH`.
 
     Returns:
         Router logits [T, E], weights [T, K] in the dtype of `hidden_states_TH`, expert ids int64 [T, K].
     """
-    dtype = router_dtype or hidden_states_TH.dtype
+    dtype = resolve_router_dtype(router_dtype) or hidden_states_TH.dtype
     logits_TE = hidden_states_TH.to(dtype) @ weight_EH.to(dtype).T
     probs_TE = logits_TE.float().softmax(dim=-1)
     weights_TK, index_TK = probs_TE.topk(top_k, dim=-1)
@@ -66,7 +66,7 @@ def fused_topk_router(
     top_k: int,
     *,
     norm_topk_prob: bool = True,
-    router_dtype: torch.dtype | None = None,
+    router_dtype: str | torch.dtype | None = None,
     return_logits: bool = True,
     noise: torch.Tensor | None = None,
     report_noise: bool = True,
@@ -81,7 +81,8 @@ def fused_topk_router(
         weight: float [E, H].
         top_k: experts per token, 1 to E.
         norm_topk_prob: True: the weights sum to 1. False: they are the probabilities of the softmax over all experts.
-        router_dtype: dtype of the linear map; None keeps the dtype of `hidden_states`. The softmax is always float32.
+        router_dtype: dtype of the linear map, as a name or a `torch.dtype`; None keeps the dtype of `hidden_states`. The softmax
+            is always float32.
         return_logits: False returns None in place of the logits.
         noise: float [T, E]. The most probable expert stays; the others are chosen by the logits with the noise on them
             (the second choice of GShard, section 3.2). The weights come from the logits without it.
@@ -100,6 +101,7 @@ def fused_topk_router(
         if fused is not None:
             return fused[0] if return_logits else None, fused[1], fused[2]
     if router_dtype is not None:
+        router_dtype = resolve_router_dtype(router_dtype)
         logits_TE = F.linear(hidden_states.to(router_dtype), weight.to(router_dtype))
     else:
         logits_TE = F.linear(hidden_states, weight)
@@ -136,7 +138,7 @@ def route(
     top_k: int,
     *,
     norm_topk_prob: bool = True,
-    router_dtype: torch.dtype | None = None,
+    router_dtype: str | torch.dtype | None = None,
     return_order: bool = False,
     return_statistics: bool = False,
 ) -> Routing:
@@ -268,10 +270,11 @@ class UniMoETopKRouter(nn.Module):
 
 
 def resolve_router_dtype(router_dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating `torch.dtype` from its name, or None. Raises ValueError for anything else."""
+    """A floating `torch.dtype` of two bytes or more from its name, or None. Raises ValueError for anything else."""
     if router_dtype is None:
         return None
     dtype = getattr(torch, router_dtype, None) if isinstance(router_dtype, str) else router_dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    # There is no choosing among numbers of one byte.
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise ValueError(f'router_dtype must be None or a floating dtype such as "float32", got {router_dtype!r}')
     return dtype

@@ -151,7 +151,9 @@ def _grouped_mm(experts: nn.Module, hidden_states: torch.Tensor, *routing: torch
     supports = getattr(experts, "supports", None)
     if supports is not None and not supports("grouped_mm", hidden_states.dtype):
         return _loop(experts, hidden_states, *routing)
-    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, *routing)
+    # Without values PyTorch knows grouped products in bfloat16 alone.
+    name = "batched_mm" if hidden_states.is_meta else "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, *routing)
 
 
 def _loop(experts: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
