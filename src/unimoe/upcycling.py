@@ -66,7 +66,7 @@ def upcycle(
 
 def _read(name: str, value: Sparsity) -> PreTrainedConfig:
     if isinstance(value, Mapping):
-        sparsity = _from_fields(name, value)
+        sparsity = sparsity_from_fields(name, value)
     elif isinstance(value, PreTrainedConfig) and value.model_type == UniMoESparsityConfig.model_type:
         sparsity = value
     else:
@@ -83,7 +83,8 @@ def _read(name: str, value: Sparsity) -> PreTrainedConfig:
     return sparsity
 
 
-def _from_fields(name: str, fields: Mapping[str, Any]) -> UniMoESparsityConfig:
+def sparsity_from_fields(name: str, fields: Mapping[str, Any]) -> UniMoESparsityConfig:
+    """Raises ValueError, led in by `name`, for unknown fields and values that are out of range or of a wrong type."""
     # A saved configuration also holds the fields that every configuration has; they are no mistake.
     unknown = sorted(map(str, fields.keys() - UniMoESparsityConfig().to_dict().keys()))
     if unknown:

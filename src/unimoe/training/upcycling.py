@@ -11,10 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS, UniMoESparsityConfig
+from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS
 from ..modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
 from ..modeling_unimoe.sparse_moe import DenseMlp
 from ..modeling_unimoe.sparsify import sparsify
+from ..upcycling import sparsity_from_fields
 from .parts import CONNECTORS, part_of
 
 logger = logging.get_logger(__name__)
@@ -90,15 +91,16 @@ def assemble_experts(
         raise ValueError(f"experts: a sparse layer needs at least two, each with its folder, got {experts!r}")
     if not isinstance(layers, Iterable):
         raise ValueError(f"layers: must be one of {LAYER_PATTERNS} or a list of indices, got {layers!r}")
-    sparsity = UniMoESparsityConfig(
-        layers=layers if isinstance(layers, str) else list(layers),
-        num_experts=len(experts),
-        top_k=top_k,
-        router_dtype=router_dtype,
-        router_aux_loss_coef=router_aux_loss_coef,
-        router_z_loss_coef=router_z_loss_coef,
-        router_loss_scope=router_loss_scope,
-    )
+    options = {
+        "layers": layers if isinstance(layers, str) else list(layers),
+        "num_experts": len(experts),
+        "top_k": top_k,
+        "router_dtype": router_dtype,
+        "router_aux_loss_coef": router_aux_loss_coef,
+        "router_z_loss_coef": router_z_loss_coef,
+        "router_loss_scope": router_loss_scope,
+    }
+    sparsity = sparsity_from_fields("experts", options)
     sources = {
         str(folder): Checkpoint(folder) for folder in dict.fromkeys([base, *experts, *(connectors or {}).values()])
     }
