@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import unimoe
 from unimoe import UniMoEForConditionalGeneration
 from unimoe.cli import main
 
@@ -32,6 +33,12 @@ def test_generate_prints_the_answer(folder, capsys):
     assert whole.strip()
     assert main(["generate", *options, "--stream", "what is the"]) == 0
     assert capsys.readouterr().out.split() == whole.split()
+
+
+def test_streamed_answer_begins_with_its_first_word(capsys):
+    picture = Path(unimoe.__file__).parent / "assets" / "demo" / "picture.png"
+    assert main(["generate", "--stream", "--image", str(picture), "what colour is it?"]) == 0
+    assert capsys.readouterr().out == "red\n"
 
 
 def test_info(folder, capsys):

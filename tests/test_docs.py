@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import shutil
 import threading
 import urllib.error
@@ -14,9 +15,11 @@ from pathlib import Path
 from runpy import run_path
 
 import pytest
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 import unimoe
-from unimoe.cli import build_parser
+from unimoe import UniMoEForConditionalGeneration
+from unimoe.cli import build_parser, main
 from unimoe.processing.call_options import CallOptions
 from unimoe.training.parts import PARTS
 from unimoe.training.recipe import Recipe
@@ -45,7 +48,9 @@ def reader(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/using.md", "docs/processor.md", "docs/configuration.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/using.md", "docs/processor.md", "docs/configuration.md", "docs/sparse_block.md"]
+)
 def test_code_runs_as_printed(name, reader, capsys):
     """One block after the other, with the variables of those before, as a reader has them."""
     variables: dict = {}
@@ -57,7 +62,40 @@ def test_code_runs_as_printed(name, reader, capsys):
         "docs/using.md": "red, siren",
         "docs/processor.md": "",
         "docs/configuration.md": "('image', 'video') 16",
+        "docs/sparse_block.md": "model.layers.2.mlp.gate  all",
     }[name] in printed
+
+
+def test_training_runs_as_printed(reader, monkeypatch, capsys):
+    """The records, the recipe with its commands, and the calls of docs/training.md, on random weights."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    page = text_of("docs/training.md")
+    llava, chat = (json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S))
+    records = json.dumps([llava, chat] * 2)
+    for name in ("train.json", "mixed.json", "held_out.json"):
+        Path(name).write_text(records)
+    config = AutoConfig.from_pretrained(unimoe.tiny_checkpoint())
+    config.text_sparsity = None
+    model, processor = UniMoEForConditionalGeneration(config), AutoProcessor.from_pretrained(unimoe.tiny_checkpoint())
+    folders = ["path/to/checkpoint", "image", "audio", "speech"]
+    for folder in folders:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    Path("mine.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", page, re.M | re.S)[1])
+    # Models that were never trained have no stop.
+    question = ["--max-new-tokens", "2"]
+    for command in re.findall(r"^unimoe (.*)", page.split("## Data")[0], re.M):
+        arguments = shlex.split(command, comments=True)
+        assert main([*arguments, *question] if arguments[0] == "generate" else arguments) == 0, command
+    lora, stages, evaluation = python_blocks("docs/training.md")
+    exec(compile(lora, "lora", "exec"), {})
+    shutil.rmtree("runs")
+    variables = dict(zip(("base", "image", "audio", "speech"), folders))
+    exec(compile(stages, "stages", "exec"), variables)
+    exec(compile(evaluation, "evaluation", "exec"), variables)
+    assert "eval_accuracy" in capsys.readouterr().out
+    for folder in ("adapter", "merged", "assembled"):
+        AutoModelForMultimodalLM.from_pretrained(folder)
 
 
 def slug(heading: str) -> str:

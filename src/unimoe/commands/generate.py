@@ -4,6 +4,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 MODALITIES = ("image", "audio", "speech", "video")
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if args.device is not None:
         check_device(args.device)
-    from transformers import TextStreamer, pipeline
+    from transformers import pipeline
 
     import unimoe
 
@@ -56,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if not content:
         raise ValueError("the question is empty and no file is given")
     pipe = pipeline("any-to-text", model=model, trust_remote_code=args.trust_remote_code or None, device=args.device)
-    streamer = (
-        TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream else None
-    )
+    streamer = _answer_streamer(pipe.processor.tokenizer) if args.stream else None
     with unimoe.record_routing(pipe.model) if args.show_experts else nullcontext() as routing:
         answer = pipe(
             [{"role": "user", "content": content}],
@@ -72,6 +71,21 @@ def run(args: argparse.Namespace) -> int:
     if routing is not None:
         print(routing, file=sys.stderr)
     return 0
+
+
+def _answer_streamer(tokenizer: Any) -> Any:
+    """Prints an answer while it grows, without the blank that stands between it and the prompt."""
+    from transformers import TextStreamer
+
+    class AnswerStreamer(TextStreamer):
+        begun = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text if self.begun else text.lstrip()
+            self.begun = self.begun or bool(text)
+            super().on_finalized_text(text, stream_end)
+
+    return AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def check_device(name: str) -> None:
