@@ -159,6 +159,59 @@ def test_encoded_media_may_be_given_instead_of_raw_media(model):
     assert torch.equal(generate(model, {**text, "mm_encoder_outputs": encoded}), expected)
 
 
+def test_placeholders_inside_the_vocabulary_without_items():
+    ids = dict(image_token_id=95, video_token_id=96, audio_token_id=97, speech_token_id=98)
+    model = UniMoEForConditionalGeneration(tiny_config(**ids)).eval()
+    inputs = tiny_inputs(model.config, modalities=("image", "audio"))
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with pytest.raises(ValueError, match="6 audio placeholder tokens.*`input_values` gives 0"):
+        generate(model, given)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_a_wrong_number_of_items_for_several_sequences_per_row(model, options):
+    inputs = tiny_inputs(model.config, modalities=("image",))
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+    with pytest.raises(ValueError, match="8 image placeholder tokens.*gives 4"):
+        generate(model, inputs, **options)
+
+
+def test_a_new_picture_behind_a_kept_cache_for_several_sequences_per_row(model):
+    first, second = (tiny_inputs(model.config, 1, ("image",), seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+    whole = {name: torch.cat([first[name], second[name]], dim=1) for name in ("input_ids", "attention_mask")}
+    both = torch.cat([first["pixel_values"], second["pixel_values"]])
+    options = dict(num_beams=2, num_return_sequences=2)
+    expected = generate(model, {**whole, "pixel_values": both}, **options)
+    cache.batch_repeat_interleave(2)
+    new = {**whole, "pixel_values": second["pixel_values"], "past_key_values": cache}
+    assert torch.equal(generate(model, new, **options), expected)
+
+
+def test_prompt_lookup_of_a_model_without_towers():
+    towers = ("vision", "audio", "speech")
+    none = dict.fromkeys([f"{tower}_{part}" for tower in towers for part in ("config", "connector_config")])
+    model = UniMoEForConditionalGeneration(tiny_config(**none)).eval()
+    model.generation_config.pad_token_id = 0
+    inputs = tiny_inputs(model.config, 1)
+    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), generate(model, inputs))
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_prompt_lookup_in_front_of_an_item(model, in_vocabulary):
+    ids = dict(image_token_id=95, video_token_id=96, audio_token_id=97, speech_token_id=98) if in_vocabulary else {}
+    other = UniMoEForConditionalGeneration(tiny_config(**ids)).eval() if in_vocabulary else model
+    other.generation_config.pad_token_id = 0
+    inputs = tiny_inputs(other.config, 1, ("image",))
+    before = inputs["input_ids"][0, 3].item()
+    # The generated token stands in the prompt in front of the picture, so what is looked up are placeholders.
+    options = dict(sequence_bias={(before,): 100.0})
+    assert torch.equal(
+        generate(other, inputs, prompt_lookup_num_tokens=3, **options), generate(other, inputs, **options)
+    )
+
+
 def test_speech_only_model_with_beams():
     none = dict.fromkeys(["vision_config", "vision_connector_config", "audio_config", "audio_connector_config"])
     model = UniMoEForConditionalGeneration(tiny_config(**none)).eval()

@@ -460,6 +460,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match="audio placeholder.*input_values"):
             model(input_ids=inputs["input_ids"])
 
+    @pytest.mark.parametrize("modality", ["image", "video", "audio", "speech"])
+    @pytest.mark.parametrize("damage", [lambda value: value[:0], lambda value: value.numpy()], ids=["empty", "numpy"])
+    def test_media_that_are_no_items(self, model, modality, damage):
+        inputs = tiny_inputs(model.config, modalities=(modality,))
+        name = MEDIA_INPUTS[modality]
+        with pytest.raises(ValueError, match=f"`{name}` must be a tensor with at least one item"):
+            model(**{**inputs, name: damage(inputs[name])})
+
+    @pytest.mark.parametrize("shape", [(80, 40), (2, 128, 40), (2, 80, 39)], ids=str)
+    def test_wrong_spectrogram_size(self, model, shape):
+        inputs = tiny_inputs(model.config, modalities=("speech",))
+        with pytest.raises(ValueError, match=r"`input_features` must be \[N, 80, 40\]"):
+            model(**{**inputs, "input_features": torch.zeros(shape)})
+
+    def test_encoded_media_of_an_unknown_kind(self, model):
+        inputs = tiny_inputs(model.config, modalities=("image",))
+        encoded = model.model.encode_media(inputs["pixel_values"])
+        with pytest.raises(ValueError, match="`mm_encoder_outputs` has picture; its keys are among image, video"):
+            model(input_ids=inputs["input_ids"], mm_encoder_outputs={"picture": encoded["image"]})
+
     @pytest.mark.parametrize("modality, tower", [("image", "vision"), ("audio", "audio"), ("speech", "speech")])
     def test_no_tower(self, modality, tower):
         model = UniMoEModel(tiny_config(**{f"{tower}_config": None, f"{tower}_connector_config": None}))

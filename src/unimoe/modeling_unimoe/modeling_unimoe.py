@@ -213,9 +213,12 @@ class UniMoEModel(UniMoEPreTrainedModel):
             encoder.
 
         Raises:
-            ValueError: The model has no speech tower.
+            ValueError: The model has no speech tower, or the spectrograms have another shape than it takes.
         """
         self._require_tower("speech", input_features)
+        shape = (self.config.speech_config.num_mel_bins, 2 * self.config.speech_config.max_source_positions)
+        if input_features.ndim != 3 or input_features.shape[1:] != shape:
+            raise ValueError(f"`input_features` must be [N, {shape[0]}, {shape[1]}], got {list(input_features.shape)}")
         outputs = self.speech_tower(input_features.to(self.speech_tower.dtype), return_dict=True, **kwargs)
         return _features(outputs.last_hidden_state, self.speech_connector(outputs.last_hidden_state), outputs)
 
@@ -224,6 +227,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
             takes = ", ".join(("text", *self.config.input_modalities))
             raise ValueError(
                 f"`{MEDIA_INPUTS[modality]}` given, but this model has no tower for {modality}; it takes: {takes}"
+            )
+        if not isinstance(value, torch.Tensor) or value.shape[:1] == (0,):
+            raise ValueError(
+                f"`{MEDIA_INPUTS[modality]}` must be a tensor with at least one item; for none, leave it out"
             )
 
     def encode_media(
@@ -297,11 +304,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
         for modality in modalities:
             if encoded.get(modality) is None:
                 if input_ids is not None and modality in beyond:
-                    self._check_count(modality, self.placeholder_mask(modality, input_ids, None), 0)
+                    self.check_count(modality, self.placeholder_mask(modality, input_ids, None), 0)
                 continue
             features = encoded[modality].pooler_output
             mask = self.placeholder_mask(modality, input_ids, text_embeds)
-            self._check_count(modality, mask, features.shape[0] * features.shape[1])
+            self.check_count(modality, mask, features.shape[0] * features.shape[1])
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
         return inputs_embeds
@@ -311,7 +318,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
         names = self.config.input_modalities
         return token_types_of(input_ids, {name: getattr(self.config, f"{name}_token_id") for name in names})
 
-    def _check_count(self, modality: str, mask: torch.Tensor, num_features: int):
+    def check_count(self, modality: str, mask: torch.Tensor, num_features: int):
+        """Raises ValueError where `mask` does not have as many placeholders of `modality` as there are features."""
         if torch.compiler.is_compiling():
             return
         num_placeholders = int(mask.sum())
@@ -358,6 +366,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
             # The decoder would ask its own configuration.
             kwargs["output_router_logits"] = True
         encoded = dict(mm_encoder_outputs or {})
+        unknown = ", ".join(sorted(encoded.keys() - set(MODALITIES)))
+        if unknown:
+            raise ValueError(f"`mm_encoder_outputs` has {unknown}; its keys are among {', '.join(MODALITIES)}")
         encoded |= self.encode_media(
             pixel_values,
             pixel_values_videos,
