@@ -65,6 +65,28 @@ def test_impossible_numbers_of_frames(processor, num_frames):
         processor("<video>", videos=[image()], num_frames=num_frames)
 
 
+@pytest.mark.parametrize("option", ["max_length", "pad_to_multiple_of"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3"])
+def test_impossible_lengths(processor, option, value):
+    with pytest.raises(ValueError, match=f"{option}=.*: use a whole number of at least 1"):
+        processor("what is", padding="longest", **{option: value})
+
+
+@pytest.mark.parametrize(
+    "truncation, cut",
+    [(True, True), ("longest_first", True), ("only_first", True), (False, False), ("do_not_truncate", False)],
+)
+def test_truncation_by_its_names(processor, truncation, cut):
+    whole = processor("what is the")["input_ids"][0]
+    ids = processor("what is the", truncation=truncation, max_length=3)["input_ids"][0]
+    assert ids == (whole[:3] if cut else whole)
+
+
+def test_an_unknown_truncation(processor):
+    with pytest.raises(ValueError, match="truncation='end': use True, False, 'longest_first'"):
+        processor("what is", truncation="end")
+
+
 @pytest.fixture
 def video(tmp_path):
     path = tmp_path / "video.mp4"

@@ -14,6 +14,16 @@ _IMAGE_OPTIONS = frozenset(
 )
 # What a tokenizer may have been given as its own defaults, which then hold for a call.
 _TOKENIZER_OPTIONS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
+_COUNTS = ("num_frames", "max_length", "pad_to_multiple_of")
+# Transformers' names: a prompt is one sequence, so its two ways of cutting are one.
+_TRUNCATES = {
+    True: True,
+    "longest_first": True,
+    "only_first": True,
+    False: False,
+    None: False,
+    "do_not_truncate": False,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class CallOptions:
     do_sample_frames: bool = True
     padding: bool | str | None = False
     padding_side: str | None = None
-    truncation: bool | None = False
+    truncation: bool | str | None = False
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     add_special_tokens: bool = True
@@ -59,8 +69,13 @@ class CallOptions:
         options = cls(**{**defaults, **options}, image_options=image_options)
         if options.padding_mode not in ("longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding={options.padding!r}: use True, False, 'longest', 'max_length' or 'do_not_pad'.")
-        if options.num_frames is not None and not is_count(options.num_frames):
-            raise ValueError(f"num_frames={options.num_frames!r}: use a whole number of at least 1, or None.")
+        if options._truncation not in _TRUNCATES:
+            names = ", ".join(repr(name) for name in _TRUNCATES if isinstance(name, str))
+            raise ValueError(f"truncation={options.truncation!r}: use True, False, {names}.")
+        for name in _COUNTS:
+            value = getattr(options, name)
+            if value is not None and not is_count(value):
+                raise ValueError(f"{name}={value!r}: use a whole number of at least 1, or None.")
         for name, values in (("padding_side", (None, "left", "right")), ("return_tensors", (None, "pt", "np"))):
             value = getattr(options, name)
             if getattr(value, "value", value) not in values:
@@ -73,6 +88,15 @@ class CallOptions:
         names = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
         # Also an enum of Transformers, whose value is the name.
         return names.get(self.padding, getattr(self.padding, "value", self.padding))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a prompt that is too long is cut."""
+        return _TRUNCATES[self._truncation]
+
+    @property
+    def _truncation(self) -> bool | str | None:
+        return getattr(self.truncation, "value", self.truncation)
 
 
 CALL_OPTIONS = frozenset(field.name for field in fields(CallOptions)) - {"image_options"}

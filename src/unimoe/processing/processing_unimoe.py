@@ -220,15 +220,15 @@ class UniMoEProcessor(ProcessorMixin):
             slots_of_texts = self._assign(pieces, media)
             prompts = [tokenize_pieces(self.tokenizer, row, options.add_special_tokens) for row in pieces]
         self._check_items(slots_of_texts, options.sampling_rate)
-        limits = (self.max_length, options.max_length if options.truncation else None)
+        limits = (self.max_length, options.max_length if options.truncates else None)
         limit = min((limit for limit in limits if limit), default=None)
-        if not options.truncation:
+        if not options.truncates:
             # A sound has at least one chunk, so that much is known before any file is decoded.
             self._check_lengths(prompts, slots_of_texts, [[1] * len(slots) for slots in slots_of_texts], limit)
         features, chunks_of_texts = self._prepare_media(slots_of_texts, options)
         if text is None:
             return BatchFeature(features, tensor_type=options.return_tensors)
-        if not options.truncation:
+        if not options.truncates:
             self._check_lengths(prompts, slots_of_texts, chunks_of_texts, limit)
         rows = []
         for i, (prompt, slots, chunks) in enumerate(zip(prompts, slots_of_texts, chunks_of_texts)):
@@ -239,7 +239,7 @@ class UniMoEProcessor(ProcessorMixin):
                 [self._token_id(tower) for tower in towers],
                 answer_spans[i] if answer_spans is not None else None,
             )
-            rows.append(truncate_row(row, limit, f"text[{i}]") if options.truncation and limit else row)
+            rows.append(truncate_row(row, limit, f"text[{i}]") if options.truncates and limit else row)
         columns = pad_rows(
             rows,
             options.padding_mode,
