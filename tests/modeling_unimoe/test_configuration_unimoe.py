@@ -1,8 +1,14 @@
 import pytest
 from tiny_models import tiny_config, tiny_text_config
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
-from unimoe import UniMoEAudioConfig, UniMoEConfig, UniMoEConnectorConfig, UniMoESparsityConfig
+from unimoe import (
+    UniMoEAudioConfig,
+    UniMoEConfig,
+    UniMoEConnectorConfig,
+    UniMoEForConditionalGeneration,
+    UniMoESparsityConfig,
+)
 
 
 def test_no_tower_is_there_unless_asked_for():
@@ -43,6 +49,13 @@ def test_round_trip_through_a_folder(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     expected, found = config.to_dict(), loaded.to_dict()
     assert found | {"_name_or_path": ""} == expected
+
+
+def test_the_folder_of_another_kind_of_model_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    for loads in (UniMoEConfig, UniMoEForConditionalGeneration):
+        with pytest.raises(ValueError, match="describes a 'llama', not a 'unimoe'.*convert"):
+            loads.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
