@@ -86,11 +86,14 @@ def fused_topk_router(
         return_logits: False returns None in place of the logits.
         noise: float [T, E]. The most probable expert stays; the others are chosen by the logits with the noise on them
             (the second choice of GShard, section 3.2). The weights come from the logits without it.
+        report_noise: whether the logits that are returned have the noise on them.
 
     Returns:
-        Router logits [T, E] (dtype of the linear map; with the noise on them, where there is any) or None,
+        Router logits [T, E] (dtype of the linear map) or None,
         weights [T, K] in the dtype of `hidden_states`, expert ids int64 [T, K], the most probable expert first.
     """
+    if router_dtype is not None:
+        router_dtype = resolve_router_dtype(router_dtype)
     if noise is None:
         if hidden_states.is_cuda:
             fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, False)
@@ -101,7 +104,6 @@ def fused_topk_router(
         if fused is not None:
             return fused[0] if return_logits else None, fused[1], fused[2]
     if router_dtype is not None:
-        router_dtype = resolve_router_dtype(router_dtype)
         logits_TE = F.linear(hidden_states.to(router_dtype), weight.to(router_dtype))
     else:
         logits_TE = F.linear(hidden_states, weight)
@@ -159,6 +161,7 @@ def route(
         not asked for.
     """
     counts_E = probability_E = mean_square_z = fused = None
+    router_dtype = resolve_router_dtype(router_dtype)
     if hidden_states.is_cuda:
         fused = _route_on_gpu(hidden_states, weight, top_k, norm_topk_prob, router_dtype, return_statistics)
     if fused is not None:

@@ -79,7 +79,7 @@ class UniMoESparseMoeBlock(nn.Module):
         random_token_selection: whether chance decides who finds room, in both modes; else earlier tokens come first.
         residual: whether a dense MLP stands beside the experts (residual MoE).
         config: any object whose `_experts_implementation` names the experts implementation, usually the config of the
-            model that owns the block. None: the block carries its own, at `block.experts.config`, set to "grouped_mm".
+            model that owns the block. None: the block carries its own, at `block.experts.config`, set to "unimoe".
 
     Raises:
         ValueError: an argument is out of range; the message names it.
