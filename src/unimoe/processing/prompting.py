@@ -192,7 +192,8 @@ def _tokenize_chunk(tokenizer: Any, piece: Piece, special: bool) -> tuple[list[i
     start = 0
     for part in re.split(f"({'|'.join(map(re.escape, names))})", piece.text) if names else [piece.text]:
         new_ids, new_spans = _encode(tokenizer, part, piece.start + start, special and start == 0 and not ids)
-        if start and part not in names and not part.startswith(" "):
+        # SentencePiece's own sign for a space is one to that tokenizer, too.
+        if start and part not in names and not part.startswith((" ", "\u2581")):
             new_ids, new_spans = _without_prefix_space(tokenizer, new_ids, new_spans)
         ids, spans, start = ids + new_ids, spans + new_spans, start + len(part)
     return ids, spans
