@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
+import unimoe
 from unimoe import UniMoEForConditionalGeneration
 
 sys.path.append(str(Path(__file__).parent / "processing"))
@@ -49,6 +53,8 @@ pipe = pipeline("any-to-text", model=folder, trust_remote_code=True)
 assert type(pipe).__module__.startswith("transformers_modules"), type(pipe)
 found["answer"] = pipe(text=text, max_new_tokens=4, **media)[0]["generated_text"]
 assert pipeline(model=folder, trust_remote_code=True).task == "any-to-text"
+found["at hand"] = pipeline("any-to-text", model=model, processor=processor)(text=text, max_new_tokens=4, **media)
+found["at hand"] = found["at hand"][0]["generated_text"]
 print(json.dumps(found))
 """
 
@@ -113,6 +119,8 @@ def test_without_the_package_and_saved_again(saved, tmp_path):
     assert {name: first[name] for name in AUTO_CLASSES} == AUTO_CLASSES
     torch.testing.assert_close(torch.tensor(first["logits"]), logits, rtol=0, atol=1e-5)
 
+    assert first["at hand"] == first["answer"], "a pipeline of a model and a processor that are loaded already"
+
     second = run(REMOTE, tmp_path / "second", tmp_path / "third", names, *media, cache=tmp_path / "cache")
     assert second == first, "what was loaded as remote code and saved again answers the same, as remote code"
     answer = run(WITH_PACKAGE, tmp_path / "third", *media, cache=tmp_path / "cache")
@@ -142,6 +150,13 @@ def code_files(folder: Path) -> dict[str, str]:
 def test_with_the_package_the_pipeline_needs_no_trust(saved, tmp_path):
     root, _ = saved
     run(WITH_PACKAGE, root / "folder", root / "image.png", root / "sound.npy", cache=tmp_path)
+
+
+def test_registering_again_changes_nothing_and_says_nothing():
+    before = PIPELINE_REGISTRY.check_task("any-to-text")
+    with CaptureLogger(logging.get_logger("transformers.pipelines.base")) as log:
+        unimoe.register()
+    assert log.out == "" and PIPELINE_REGISTRY.check_task("any-to-text") == before
 
 
 def test_no_code_runs_without_trust(saved, tmp_path):

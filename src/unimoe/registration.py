@@ -26,6 +26,8 @@ def register() -> None:
         auto_class.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoFeatureExtractor.register(UniMoEConfig, UniMoEFeatureExtractor, exist_ok=True)
     AutoProcessor.register(UniMoEConfig, UniMoEProcessor, exist_ok=True)
+    # Without what was registered before, by this or by a folder's own code, of which Transformers would warn.
+    PIPELINE_REGISTRY.supported_tasks.pop("any-to-text", None)
     PIPELINE_REGISTRY.register_pipeline(
         "any-to-text", pipeline_class=AnyToTextPipeline, pt_model=(AutoModelForMultimodalLM,), type="multimodal"
     )

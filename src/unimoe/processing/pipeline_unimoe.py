@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BatchFeature, GenerationConfig
+from transformers import AutoModelForMultimodalLM, BatchFeature, GenerationConfig
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline, no_collate_fn
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
@@ -367,3 +368,10 @@ def _as_chats(inputs: Any) -> Any:
 
 def _is_prompt(text: Any) -> bool:
     return isinstance(text, str) or (isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text))
+
+
+if __name__.startswith("transformers_modules") and "any-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():
+    # Without the package, a folder's pipeline is found through its config, but one of a model at hand through its task.
+    PIPELINE_REGISTRY.register_pipeline(
+        "any-to-text", pipeline_class=AnyToTextPipeline, pt_model=(AutoModelForMultimodalLM,), type="multimodal"
+    )
