@@ -36,16 +36,26 @@ def assert_equals_definition(inputs):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 30])
 def test_every_number_of_rows(unit, dtype, tokens):
-    # 16 tokens give experts more rows than a kernel takes at once.
-    inputs = make_inputs(tokens, experts=16 if tokens == 16 else 4, dtype=dtype)
-    if tokens == 16:
-        inputs[3][:] = torch.tensor([3, 9])
-    if tokens * 2 <= few_tokens_llvm.most_few_rows(dtype, unit) * len(inputs[1]):
+    inputs = make_inputs(tokens, dtype=dtype)
+    used = len(inputs[3].unique())
+    if tokens * 2 <= few_tokens_llvm.MOST_CHUNKS * few_tokens_llvm.most_few_rows(dtype, unit) * used:
         assert_equals_definition(inputs)
     else:
         assert compiled_experts(*inputs) is None, "more tokens than a few"
+
+
+def test_many_tokens_of_few_experts(unit):
+    """What counts is how many rows the experts have that are in use."""
+    most = few_tokens_llvm.MOST_CHUNKS * few_tokens_llvm.most_few_rows(torch.float32, unit)
+    for tokens in (most, most + 1):
+        inputs = make_inputs(tokens, experts=16)
+        inputs[3][:] = torch.tensor([3, 9])
+        if tokens == most:
+            assert_equals_definition(inputs)
+        else:
+            assert compiled_experts(*inputs) is None
 
 
 @pytest.mark.parametrize("sizes", [{"out_width": 67}, {"intermediate": 64, "width": 320}, {"top_k": 1}, {"top_k": 4}])
@@ -112,8 +122,9 @@ def test_sort(experts):
     pairs, tokens, starts = torch.full((2, 201), -7).unbind() + (torch.zeros(experts + 2, dtype=torch.int64),)
     starts[-1] = -7
     addresses = (tensor.data_ptr() for tensor in (index, pairs, tokens, starts))
-    sort_kernel(OWN)(*addresses, 200, 2, experts, parallel=False)
+    used = sort_kernel(OWN)(*addresses, 200, 2, experts, parallel=False)
     counts = torch.bincount(index, minlength=experts)[:experts]
+    assert used == (counts > 0).sum()
     assert starts.tolist() == [0, *counts.cumsum(0).tolist(), -7]
     expected = index.sort(stable=True).indices[: counts.sum()]
     assert torch.equal(pairs[: counts.sum()], expected) and pairs[-1] == -7

@@ -17,12 +17,16 @@ import torch
 from .llvm_kernels import Kernel, KernelBuilder, VectorUnit, vector_unit
 from .products_llvm import BLOCK_ROWS, DTYPES, FEW_ROWS_COLUMNS, LEAST_WORK, most_few_rows, sums_of_products
 
+# Rows of an expert in use, on average, in multiples of those which are multiplied at a time: beyond, products that share the work
+# on a weight between more rows are faster, though they cost more calls.
+MOST_CHUNKS = 2
+
 
 @functools.cache
 def sort_kernel(unit: VectorUnit) -> Kernel:
     """Takes index int64 [P], pairs int64 [P], tokens int64 [P], starts int64 [E + 1] (addresses), P, K and E: pairs sorted by
     expert, the token of each, and from where on those of each expert are. `starts` must be zeros. Ids of E and above are left
-    out.
+    out. It gives back how many experts have pairs.
     """
     k = KernelBuilder(unit, "sort", 7)
     index, pairs, tokens, starts, num_pairs, top_k, experts = k.arguments
@@ -44,11 +48,11 @@ def sort_kernel(unit: VectorUnit) -> Kernel:
         k.store(k.div(pair, top_k), k.add(tokens, k.mul(position, 8)))
         k.store(k.add(position, 1), address)
 
-    def start_here(expert, before):
+    def start_here(expert, before, used):
         address = k.add(starts, k.mul(expert, 8))
         here = k.load(address, k.int64, 8)
         k.store(before, address)
-        return [k.add(before, here)]
+        return [k.add(before, here), k.add(used, k.min(here, 1))]
 
     def move_back(number):
         # Placing has moved each start to the next expert's.
@@ -56,7 +60,8 @@ def sort_kernel(unit: VectorUnit) -> Kernel:
         k.store(k.load(k.sub(address, 8), k.int64, 8), address)
 
     each_pair(count)
-    k.loop(0, experts, 1, start_here, [k.number(0)])
+    _, used = k.loop(0, experts, 1, start_here, [k.number(0), k.number(0)])
+    k.give_back(used)
     each_pair(place)
     k.loop(0, experts, 1, move_back)
     k.store(k.number(0), starts)
@@ -193,7 +198,8 @@ def compiled_experts(
     top_k_index_TK: torch.Tensor,
     top_k_weights_TK: torch.Tensor,
 ) -> torch.Tensor | None:
-    """SwiGLU experts without biases, without gradients; None where the kernels do not take these tensors, or too many tokens.
+    """SwiGLU experts without biases, without gradients; None where the kernels do not take these tensors, or too many tokens for
+    the experts that are chosen.
 
     Args:
         x_TC, gate_up_EFC, down_EOI: of one dtype, float32, bfloat16 or float16, on a CPU; F is 2 * I.
@@ -214,7 +220,7 @@ def compiled_experts(
         or not x_TC.dtype == dtype == down_EOI.dtype
         or width % FEW_ROWS_COLUMNS
         or intermediate % FEW_ROWS_COLUMNS
-        or not 0 < tokens * top_k <= most_rows * experts
+        or not 0 < tokens * top_k <= MOST_CHUNKS * most_rows * experts
         or not (gate_up_EFC.is_contiguous() and down_EOI.is_contiguous())
         # Sizes that do not fit are PyTorch's to refuse.
         or gate_up_EFC.shape != (experts, 2 * intermediate, width)
@@ -226,9 +232,7 @@ def compiled_experts(
     weights_TK, pairs = top_k_weights_TK.float().contiguous(), tokens * top_k
     pair_P, token_P = index_TK.new_empty((2, pairs))
     starts = index_TK.new_zeros((experts + 1,))
-    h_PI, y_PO = x_TC.new_empty((pairs, intermediate)), x_TC.new_zeros((pairs, out_width))
-    result_TO = x_TC.new_empty((tokens, out_width))
-    sort_kernel(unit)(
+    used = sort_kernel(unit)(
         index_TK.data_ptr(),
         pair_P.data_ptr(),
         token_P.data_ptr(),
@@ -238,6 +242,10 @@ def compiled_experts(
         experts,
         parallel=False,
     )
+    if pairs > MOST_CHUNKS * most_rows * max(used, 1):
+        return None
+    h_PI, y_PO = x_TC.new_empty((pairs, intermediate)), x_TC.new_zeros((pairs, out_width))
+    result_TO = x_TC.new_empty((tokens, out_width))
     # An expert has each token at most once.
     most_rows = min(most_rows, 1 << (tokens - 1).bit_length())
     parallel = pairs * intermediate * width >= LEAST_WORK

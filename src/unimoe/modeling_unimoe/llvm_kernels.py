@@ -181,7 +181,7 @@ class KernelBuilder:
     def store(self, value: Any, address: Any) -> None:
         self.ir.store(value, self.pointer(address), align=4)
 
-    def give_back(self, value: int) -> None:
+    def give_back(self, value: Any) -> None:
         """Makes it what the call returns."""
         self.ir.store(self.number(value), self.pointer(self.add(self._block, 8 * (len(self.arguments) - 1))))
 
