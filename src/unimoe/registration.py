@@ -9,12 +9,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling_unimoe.configuration_unimoe import UniMoEConfig
 from .modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration, UniMoEModel
 from .processing.feature_extraction_unimoe import UniMoEFeatureExtractor
-from .processing.pipeline_unimoe import AnyToTextPipeline
+from .processing.pipeline_unimoe import register_task
 from .processing.processing_unimoe import UniMoEProcessor
 
 
@@ -26,11 +25,7 @@ def register() -> None:
         auto_class.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
     AutoFeatureExtractor.register(UniMoEConfig, UniMoEFeatureExtractor, exist_ok=True)
     AutoProcessor.register(UniMoEConfig, UniMoEProcessor, exist_ok=True)
-    # Without what was registered before, by this or by a folder's own code, of which Transformers would warn.
-    PIPELINE_REGISTRY.supported_tasks.pop("any-to-text", None)
-    PIPELINE_REGISTRY.register_pipeline(
-        "any-to-text", pipeline_class=AnyToTextPipeline, pt_model=(AutoModelForMultimodalLM,), type="multimodal"
-    )
+    register_task()
     # From here on `save_pretrained` puts the code beside the weights, for machines without this package.
     UniMoEConfig.register_for_auto_class()
     UniMoEModel.register_for_auto_class("AutoModel")

@@ -107,16 +107,16 @@ class UniMoEGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        placeholder_ids = [getattr(self.config, f"{modality}_token_id") for modality in self.config.input_modalities]
-        return _WithoutPlaceholders(processors, placeholder_ids) if placeholder_ids else processors
+        return _WithoutPlaceholders(processors, self._placeholder_ids) if self._placeholder_ids else processors
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
             # It looks up the scores of what follows in the prompt, which may be a placeholder without a score.
-            placeholder_ids = [
-                getattr(self.config, f"{modality}_token_id") for modality in self.config.input_modalities
-            ]
             generator.logits_processor = _WithPlaceholderColumns(generator.logits_processor, generator.vocab_size)
-            generator.vocab_size = max([generator.vocab_size, *(token_id + 1 for token_id in placeholder_ids)])
+            generator.vocab_size = max([generator.vocab_size, *(token_id + 1 for token_id in self._placeholder_ids)])
         return generator
+
+    @property
+    def _placeholder_ids(self) -> list[int]:
+        return [getattr(self.config, f"{modality}_token_id") for modality in self.config.input_modalities]

@@ -370,8 +370,14 @@ def _is_prompt(text: Any) -> bool:
     return isinstance(text, str) or (isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text))
 
 
-if __name__.startswith("transformers_modules") and "any-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():
-    # Without the package, a folder's pipeline is found through its config, but one of a model at hand through its task.
+def register_task() -> None:
+    """Makes `pipeline("any-to-text")` this one, in the place of another of that name, of which Transformers would warn."""
+    PIPELINE_REGISTRY.supported_tasks.pop("any-to-text", None)
     PIPELINE_REGISTRY.register_pipeline(
         "any-to-text", pipeline_class=AnyToTextPipeline, pt_model=(AutoModelForMultimodalLM,), type="multimodal"
     )
+
+
+if __name__.startswith("transformers_modules") and "any-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():
+    # Without the package, a folder's pipeline is found through its config, but one of a model at hand through its task.
+    register_task()
