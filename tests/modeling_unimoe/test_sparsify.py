@@ -31,6 +31,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -506,20 +508,103 @@ def test_models_that_cannot_be_made_sparse_are_refused_whole(sparse_llama):
     assert type(model) is LlamaForCausalLM and model.model.layers[0].mlp.up_proj is not None
 
 
-def test_several_stacks_are_named():
+def clip():
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8))
-    with pytest.raises(ValueError, match="text_model .*vision_model "):
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8))
+
+
+def test_several_stacks_are_named():
+    model = clip()
+    with pytest.raises(ValueError, match="several stacks of layers; .*part='text_model' or part='vision_model'"):
         sparsify(model)
     sparsify(model.vision_model)
     assert isinstance(model.vision_model.encoder.layers[0].mlp, UniMoESparseMoeBlock)
 
 
-def test_stacks_that_are_no_models_are_not_offered_as_such():
+def test_stacks_of_one_model_are_named_by_themselves():
     stages = {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 8], "num_attention_heads": [1, 1]}
     model = SegformerModel(SegformerConfig(sr_ratios=[1, 1], patch_sizes=[3, 3], strides=[2, 2], **stages))
-    with pytest.raises(ValueError, match=r"several stacks .*from_dense: stages.0.blocks, stages.1.blocks"):
+    with pytest.raises(ValueError, match="part='stages.0.blocks' or part='stages.1.blocks'"):
         sparsify(model)
+    with pytest.raises(TypeError, match="layer 0 of SegformerModel: "):
+        sparsify(model, part="stages.1.blocks")
+
+
+# ---- one part of a model, or several
+
+
+def llava():
+    torch.manual_seed(0)
+    text = {**TEXT, "model_type": "llama", "vocab_size": 64}
+    vision = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 4}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63, vision_feature_layer=-2)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def image_and_text():
+    # 8 x 8 pixels in patches of 4: four tokens an image.
+    return {"input_ids": torch.tensor([[1, 63, 63, 63, 63, 5, 7]] * 2), "pixel_values": PIXELS}
+
+
+LANGUAGE, TOWER = "model.language_model", "model.vision_tower"
+
+
+@pytest.mark.parametrize("parts", [[LANGUAGE], [TOWER], [TOWER, LANGUAGE]], ids=["language", "vision", "both"])
+def test_parts_of_a_model_are_made_sparse_saved_and_loaded(parts, tmp_path):
+    model, inputs = llava(), image_and_text()
+    dense = model(**inputs).logits
+    for number, part in enumerate(parts):
+        sparsify(model, "even", 2 + number, 2, part=part)
+    output = model(**inputs, output_router_logits=True)
+    torch.testing.assert_close(output.logits, dense, rtol=1e-4, atol=1e-5)
+    # Two layers of each part are sparse; the tower has four patches and a class token, and the last layer is not run.
+    shapes = {TOWER: [(10, 2)] * 2, LANGUAGE: [(14, 1 + len(parts))] * 2}
+    assert [r.shape for r in output.router_logits] == sum((shapes[part] for part in parts), [])
+    model.set_experts_implementation("grouped_mm")
+    torch.testing.assert_close(model(**inputs).logits, dense, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = load_sparsified(tmp_path)
+    assert (
+        isinstance(loaded, LlavaForConditionalGeneration) and loaded.state_dict().keys() == model.state_dict().keys()
+    )
+    again = loaded(**inputs, output_router_logits=True)
+    torch.testing.assert_close(again.logits, output.logits, rtol=1e-4, atol=1e-5)
+    assert len(again.router_logits) == 2 * len(parts)
+    kept = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, **kept), llava().generate(**inputs, **kept))
+
+
+def test_gradients_reach_the_routers_and_experts_of_a_part():
+    model = sparsify(llava(), "odd", 4, 2, part=LANGUAGE)
+    output = model(**image_and_text(), output_router_logits=True, labels=image_and_text()["input_ids"])
+    (output.loss + sum(logits.square().mean() for logits in output.router_logits)).backward()
+    block = model.model.language_model.layers[1].mlp
+    assert all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
+
+
+def test_text_alone_asks_no_tower_for_router_logits():
+    model = sparsify(sparsify(llava(), "even", 2, 2, part=TOWER), "even", 3, 2, part=LANGUAGE)
+    logits = model(IDS, output_router_logits=True).router_logits
+    assert [r.shape for r in logits] == [(10, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        (
+            "language_model",
+            "LlavaForConditionalGeneration has no part 'language_model'; .*part='model.language_model'",
+        ),
+        (3, "no part 3"),
+        ("model", "model of LlavaForConditionalGeneration has several stacks"),
+        ("model.multi_modal_projector", "model.multi_modal_projector of .* has no list of layers"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(part, words):
+    model = llava()
+    with pytest.raises(ValueError, match=words):
+        sparsify(model, part=part)
+    assert type(model) is LlavaForConditionalGeneration
 
 
 def test_a_second_call_takes_the_layers_that_are_still_dense(sparse_llama, tmp_path):

@@ -37,6 +37,7 @@ def sparsify(
     num_experts: int | Sequence[int] = 4,
     top_k: int = 2,
     *,
+    part: str | None = None,
     norm_topk_prob: bool = True,
     router_dtype: str | torch.dtype | None = None,
     copy_weights: bool = True,
@@ -44,21 +45,25 @@ def sparsify(
 ) -> PreTrainedModel:
     """Swaps the FFNs of a Transformers model for sparse blocks, in place; nothing is changed unless all of it can be.
 
-    `model` is a stack of layers with an `mlp` each (LlamaModel, CLIPVisionModel, ...) or a model around exactly one
-    such stack (LlamaForCausalLM). Its parameters are then named `...layers.N.mlp.gate.weight`,
+    `model` is a stack of layers with an `mlp` each (LlamaModel, CLIPVisionModel, ...) or a model around one such stack
+    (LlamaForCausalLM). Of a model around several (Llava, CLIPModel), `part` says which is meant; a further call takes another.
+    The parameters are then named `...layers.N.mlp.gate.weight`,
     `...mlp.experts.gate_up_proj` and so on (see `UniMoESparseMoeBlock`). Afterwards
     - `model.set_experts_implementation(...)` and `config._experts_implementation` work, this package's "unimoe"
       being the default (a choice other than "eager" made before stays);
-    - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer;
+    - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer, of one part after
+      another;
     - `isinstance`, `generate`, gradient checkpointing, adapters, expert parallelism and `save_pretrained` work as
       before. What was saved is read back by `load_sparsified`, provided that `model` is the model that is saved and
       not a part of it.
 
     Args:
-        model: the dense model. For one with several stacks (CLIPModel, Llava), pass the part that is meant.
+        model: the dense model.
         layers: "all", "even" (0, 2, ...), "odd", "first_half", "second_half", or layer numbers.
         num_experts: E, one number or one per chosen layer.
         top_k: experts per token.
+        part: the name of a module inside the model, as in `named_modules()`, that has one stack of layers
+            ("model.language_model"); None for a model that has no more than one.
         norm_topk_prob: whether the chosen weights sum to 1.
         router_dtype: dtype of the routers' linear maps; None keeps the model's.
         copy_weights: True upcycles: each expert is a copy of its layer's FFN, so the outputs stay what they were (with
@@ -74,7 +79,7 @@ def sparsify(
         ValueError: an argument is out of range or does not fit the model, or the model has no such layers or several stacks.
     """
     options |= {"norm_topk_prob": norm_topk_prob, "router_dtype": router_dtype}
-    stack_name, counts = plan_sparsify(model, layers, num_experts, top_k, **options)
+    stack_name, counts = plan_sparsify(model, layers, num_experts, top_k, part=part, **options)
     stack = model.get_submodule(stack_name)
     chain = _chain(model, stack_name)
     owner = chain[-1][1]
@@ -87,9 +92,9 @@ def sparsify(
         # Transformers installs its hooks once, at the first request; these routers came after it.
         for index in counts:
             install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
-    for prefix, part in chain:
-        _become_sparse(part, records=part is owner)
-        _extend_parallel_plans(part, stack_name.removeprefix(prefix).lstrip("."), stack[next(iter(counts))].mlp)
+    for prefix, link in chain:
+        _become_sparse(link, records=link is owner)
+        _extend_parallel_plans(link, stack_name.removeprefix(prefix).lstrip("."), stack[next(iter(counts))].mlp)
     # The dense class could only ever be "eager", so that is taken for no choice at all.
     chosen = owner.config._experts_implementation
     owner.config._experts_implementation_internal = owner.get_correct_experts_implementation(
@@ -103,6 +108,8 @@ def plan_sparsify(
     layers: str | Sequence[int],
     num_experts: int | Sequence[int],
     top_k: int,
+    *,
+    part: str | None = None,
     **options: Any,
 ) -> tuple[str, dict[int, int]]:
     """What `sparsify` would do with these arguments; the model is left as it is.
@@ -117,7 +124,7 @@ def plan_sparsify(
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise TypeError(f"{type(model).__name__} is quantised; make it sparse before quantising it")
-    stack_name = _find_layers(model)
+    stack_name = _find_layers(model, part)
     stack = model.get_submodule(stack_name)
     counts = _experts_by_layer(resolve_layers(layers, len(stack)), num_experts)
     for index, count in counts.items():
@@ -183,25 +190,40 @@ def load_sparsified(
     return sparse_class(stock_class, records=False).from_pretrained(folder, **kwargs)
 
 
-def _find_layers(model: PreTrainedModel) -> str:
-    """The name of the one list of layers with an `mlp` each."""
-    stacks = [
+def _find_layers(model: PreTrainedModel, part: str | None = None) -> str:
+    """The name of the one list of layers with an `mlp` each, in all of the model or in a part of it."""
+    stacks, whose = _stacks(model), type(model).__name__
+    if part is not None:
+        if part not in dict(model.named_modules()):
+            raise ValueError(f"{whose} has no part {part!r}; {_remedy(model, stacks)}")
+        stacks, whose = _within(part, stacks), f"{part} of {whose}"
+    if not stacks:
+        raise ValueError(f"{whose} has no list of layers with an `mlp` each, so nothing can be made sparse")
+    if len(stacks) > 1:
+        raise ValueError(f"{whose} has several stacks of layers; {_remedy(model, stacks)}")
+    return stacks[0]
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """The names of all lists of layers with an `mlp` each."""
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 0
         and all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in module)
     ]
-    if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} has no list of layers with an `mlp` each, so nothing can be made sparse"
-        )
-    if len(stacks) > 1:
-        owners = [_chain(model, name)[-1][0] for name in stacks]
-        parts = [f"{owner} ({name})" for owner, name in zip(owners, stacks) if owner and owners.count(owner) == 1]
-        remedy = "pass the submodel that is meant: " if parts else "give each MLP to UniMoESparseMoeBlock.from_dense: "
-        raise ValueError(f"{type(model).__name__} has several stacks of layers; {remedy}{', '.join(parts or stacks)}")
-    return stacks[0]
+
+
+def _within(part: str, stacks: list[str]) -> list[str]:
+    return [name for name in stacks if f"{name}.".startswith(f"{part}." if part else "")]
+
+
+def _remedy(model: PreTrainedModel, stacks: list[str]) -> str:
+    """Which parts there are, each by the name of the model that owns the layers if it owns no others."""
+    owners = [_chain(model, name)[-1][0] for name in stacks]
+    parts = [owner if len(_within(owner, stacks)) == 1 else name for owner, name in zip(owners, stacks)]
+    return "name the part that is meant: " + " or ".join(f"part={part!r}" for part in parts)
 
 
 def _chain(model: PreTrainedModel, stack_name: str) -> list[tuple[str, PreTrainedModel]]:
@@ -214,18 +236,21 @@ def _chain(model: PreTrainedModel, stack_name: str) -> list[tuple[str, PreTraine
 
 def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
     """The calls of `sparsify` that give a dense model the sparse blocks of this one, read off the blocks."""
+    stacks = _stacks(model)
     calls: dict[tuple, dict] = {}
-    for index, layer in enumerate(model.get_submodule(_find_layers(model))):
-        if not isinstance(layer.mlp, UniMoESparseMoeBlock):
-            continue
-        router = next(module for module in layer.mlp.modules() if isinstance(module, UniMoETopKRouter))
-        router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
-        shared = {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
-        shared |= layer.mlp.options
-        # With their names: blocks may differ only in which option holds a value.
-        call = calls.setdefault(tuple(shared.items()), {"layers": [], "num_experts": [], **shared})
-        call["layers"].append(index)
-        call["num_experts"].append(router.num_experts)
+    for name in stacks:
+        for index, layer in enumerate(model.get_submodule(name)):
+            if not isinstance(layer.mlp, UniMoESparseMoeBlock):
+                continue
+            router = next(module for module in layer.mlp.modules() if isinstance(module, UniMoETopKRouter))
+            router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
+            shared = {"part": name} if len(stacks) > 1 else {}
+            shared |= {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
+            shared |= layer.mlp.options
+            # With their names: blocks may differ only in which option holds a value.
+            call = calls.setdefault(tuple(shared.items()), {"layers": [], "num_experts": [], **shared})
+            call["layers"].append(index)
+            call["num_experts"].append(router.num_experts)
     return list(calls.values())
 
 
@@ -335,9 +360,9 @@ def _hand_up_router_logits(stock_forward):
         wanted = kwargs.get("output_router_logits")
         if not (getattr(self.config, "output_router_logits", False) if wanted is None else wanted):
             return stock_forward(self, *args, **kwargs)
-        recorder = next(module for module in self.modules() if getattr(module, "_records_router_logits", False))
+        recorders = [module for module in self.modules() if getattr(module, "_records_router_logits", False)]
         thread = threading.get_ident()
-        seen = []
+        seen = {}
 
         def ask(module, inputs, options):
             # Some heads keep the request to themselves.
@@ -351,19 +376,17 @@ def _hand_up_router_logits(stock_forward):
                     f"{type(module).__name__} does not record outputs the way of Transformers, so it has no router logits "
                     "to return; hooks on the routers (`mlp.gate`) see them"
                 )
-            seen.append(output.router_logits)
+            seen[module] = output.router_logits
 
-        handles = [
-            recorder.register_forward_pre_hook(ask, with_kwargs=True),
-            recorder.register_forward_hook(keep),
-        ]
+        handles = [recorder.register_forward_pre_hook(ask, with_kwargs=True) for recorder in recorders]
+        handles += [recorder.register_forward_hook(keep) for recorder in recorders]
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         # A vision tower is not called for text alone.
-        router_logits = seen[-1] if seen else ()
+        router_logits = tuple(logits for recorder in recorders for logits in seen.get(recorder, ()))
         if isinstance(output, tuple):
             return *output, router_logits
         output["router_logits"] = router_logits

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .media_source import MediaError, check_complete, find_source, is_source, label, one_line, read_source
 from .video_frames import open_container, read_frames
@@ -204,7 +204,11 @@ def _as_numpy(array: np.ndarray | torch.Tensor) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    # Both of Pillow's functions copy where there is nothing to do.
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I;16"):
         return Image.fromarray(_sixteen_to_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "I":
