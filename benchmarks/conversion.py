@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--tiny", action="store_true", help="a tiny checkpoint: whether it runs, not how fast")
     args = parser.parse_args(argv)
     report = Report("conversion", "How fast is a checkpoint converted?", args)
-    forms = [(TINY if args.tiny else NARROW, 2 if args.tiny else 4)] + ([({}, 4)] if args.full else [])
+    forms = [(TINY if args.tiny else NARROW, 2)] + ([(NARROW, 4), ({}, 4)] if args.full else [])
     for sizes, num_layers in forms:
         for dtype in ("float16", "float32") if args.full else ("float16",):
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--tiny", action="store_true", help="tiny models: whether it runs, not how fast")
     args = parser.parse_args(argv)
     report = Report("loading", "How fast is a model loaded?", args)
-    all_sizes = [SMALL] if args.tiny else [Sizes()]
+    all_sizes = [SMALL] if args.tiny else [Sizes(num_layers=2)]
     if args.full:
-        all_sizes.append(Sizes(hidden_size=2048, intermediate_size=5632, num_layers=6, vocab_size=32000))
+        all_sizes += [Sizes(), Sizes(hidden_size=2048, intermediate_size=5632, num_layers=6, vocab_size=32000)]
     for sizes in all_sizes:
         with tempfile.TemporaryDirectory() as folder:
             rows(report, sizes, Path(folder), args.rounds)

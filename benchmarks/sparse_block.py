@@ -3,6 +3,10 @@
 Every round runs them all. "least" rows divide the least time for the chosen experts by the time of the dense FFN: the longer of
 reading their weights, at the speed of the fastest matrix-vector product over all of them, and of the arithmetic, at the speed of
 a large product. Where that is above 1, no implementation can be as fast as the dense FFN: it has fewer weights to read.
+
+In full, "products" rows have the chosen experts' two products alone, one after the other on rows that lie ready, with no routing,
+gathering, activation or sum: by PyTorch's linear map, by the product of W with rows that are transposed already, or by the
+block's own kernels, whichever is fastest in that row.
 """
 
 import math
@@ -121,6 +125,25 @@ def bytes_of_chosen(block: nn.Module, hidden_states: torch.Tensor) -> int:
     return chosen * sum(p[0].numel() * p.itemsize for p in (block.experts.gate_up_proj, block.experts.down_proj))
 
 
+def products_alone(block: nn.Module, hidden_states: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Each expert's products with its number of rows, in several ways."""
+    experts = block.experts
+    with torch.no_grad():
+        rows = torch.bincount(block.gate(hidden_states)[2].flatten(), minlength=experts.num_experts).tolist()
+    pairs = [
+        (weight[expert], torch.randn(count, weight.shape[2], dtype=weight.dtype))
+        for expert, count in enumerate(rows)
+        if count
+        for weight in (experts.gate_up_proj.detach(), experts.down_proj.detach())
+    ]
+    transposed = [(weight, x.t().contiguous()) for weight, x in pairs]
+    return {
+        "products: linear": lambda: [F.linear(x, weight) for weight, x in pairs],
+        "products: W @ x.T": lambda: [weight @ x for weight, x in transposed],
+        "products: own": lambda: [_linear(x, weight, None) for weight, x in pairs],
+    }
+
+
 def rows_of(
     report: Report,
     what: str,
@@ -143,6 +166,8 @@ def rows_of(
     runs = {name: with_implementation(block, name, make(block, hidden_states)) for name in ("unimoe", *names)}
     runs["loop over experts"] = make(LoopOverExperts(block), hidden_states)
     runs["dense FFN"] = make(dense, hidden_states)
+    products = products_alone(block, hidden_states) if report.args.full and not training else {}
+    runs.update(products)
     times = compare(runs, report.args.rounds, before=read_other_memory)
     block.zero_grad()
     dense.zero_grad()
@@ -159,6 +184,9 @@ def rows_of(
         operations = 2 * tokens * top_k * sum(p[0].numel() for p in block.experts.parameters())
         least = max(bytes_of_chosen(block, hidden_states) / bytes_per_second(block), operations / speed)
         report.add("  least", case, "dense FFN", least / times["dense FFN"], lower_is_better=True)
+    if products:
+        alone = min(times[name] for name in products)
+        report.add("  products", case, "dense FFN", alone / times["dense FFN"], lower_is_better=True)
     best = min(names, key=times.__getitem__)
     goal = GOAL_OF_BEST if hidden_states.dtype == torch.float32 else None
     report.add(what, case, f"best of Transformers ({best})", times[best] / times["unimoe"], goal)
