@@ -390,8 +390,8 @@ class UniMoEAudioModel(PreTrainedModel):
             )
         if attention_mask is not None and attention_mask.shape != input_values.shape[:2]:
             raise ValueError(
-                f"`attention_mask` must have one entry per frame, {list(input_values.shape[:2])}, "
-                f"got {list(attention_mask.shape)}"
+                "`attention_mask` (`input_values_mask` of a model around this one) must have one entry per frame, "
+                f"{list(input_values.shape[:2])}, got {list(attention_mask.shape)}"
             )
 
     @merge_with_config_defaults
