@@ -127,7 +127,8 @@ def whisper_log_mel(
     )
     floor = float(log_mel.max()) - 8.0
     for block in log_mel.split(BLOCK):
-        block.clamp_(min=floor).add_(4.0).div_(4.0)
+        # (x + 4) / 4 with the same bits, since scaling by a power of two does not round.
+        block.clamp_(min=floor).mul_(0.25).add_(1.0)
     return repeat_last(log_mel, num_frames)
 
 
