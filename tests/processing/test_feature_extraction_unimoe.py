@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor
 
 from unimoe.processing import feature_extraction_unimoe as module
+from unimoe.processing import spectrograms
 from unimoe.processing.feature_extraction_unimoe import UniMoEFeatureExtractor
 from unimoe.processing.media import load_audio
 from unimoe.processing.spectrograms import kaldi_filterbank
@@ -201,6 +202,29 @@ def test_no_sounds_give_empty_features(extractor):
     assert extractor.extract_audio([])["input_values"].shape == (0, 2998, 128)
     assert extractor.extract_audio([])["input_values_mask"].shape == (0, 2998)
     assert extractor.extract_speech([])["input_features"].shape == (0, 80, 3000)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_defaults_for_new_tensors_do_not_matter(default):
+    """Users set them for their models: narrow or wide numbers, an accelerator (for which "meta" stands here)."""
+
+    def extract():
+        for made_once in ("_povey_window", "_kaldi_mel_filters", "_whisper_window_and_filters"):
+            getattr(spectrograms, made_once).cache_clear()
+        return UniMoEFeatureExtractor()(audio=noise(4000), speech=noise(4000))
+
+    expected = extract()
+    try:
+        if default == "meta":
+            with torch.device(default):
+                found = extract()
+        else:
+            torch.set_default_dtype(default)
+            found = extract()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name]), name
 
 
 def test_saved_and_loaded(tmp_path):

@@ -1,5 +1,7 @@
 """Mel spectrograms of the two sound towers: Kaldi's filterbank for BEATs, Whisper's log-mel.
 
+They are float32 on the CPU, whatever PyTorch's defaults for new tensors are: users set these for their models.
+
 Shape letters: F frames, M mel bins.
 """
 
@@ -27,7 +29,7 @@ ROWS = 64
 @lru_cache(maxsize=8)
 def _povey_window(length: int) -> torch.Tensor:
     """Kaldi's default window, a symmetric Hann window to the power 0.85. float32 [length]."""
-    return torch.hann_window(length, periodic=False, dtype=torch.float32).pow(0.85)
+    return torch.hann_window(length, periodic=False, dtype=torch.float32, device="cpu").pow(0.85)
 
 
 @lru_cache(maxsize=8)
@@ -37,10 +39,11 @@ def _kaldi_mel_filters(num_mel_bins: int, fft_length: int, sampling_rate: int) -
     def to_mel(hertz: torch.Tensor) -> torch.Tensor:
         return 1127.0 * torch.log1p(hertz / 700.0)
 
-    ends = to_mel(torch.tensor([LOWEST_HZ, sampling_rate / 2], dtype=torch.float64))
-    edges = torch.linspace(float(ends[0]), float(ends[1]), num_mel_bins + 2, dtype=torch.float64)
+    precise = {"dtype": torch.float64, "device": "cpu"}
+    ends = to_mel(torch.tensor([LOWEST_HZ, sampling_rate / 2], **precise))
+    edges = torch.linspace(float(ends[0]), float(ends[1]), num_mel_bins + 2, **precise)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    bins = to_mel(torch.arange(fft_length // 2 + 1, dtype=torch.float64) * sampling_rate / fft_length)[:, None]
+    bins = to_mel(torch.arange(fft_length // 2 + 1, **precise) * sampling_rate / fft_length)[:, None]
     rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
     filters = torch.minimum(rising, falling).clamp(min=0)
     # Kaldi leaves the bin at half the sampling rate out.
@@ -54,7 +57,8 @@ def _whisper_window_and_filters(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A periodic Hann window [n_fft] and Slaney's mel filters [n_fft/2 + 1, M], both float32."""
     own = WhisperFeatureExtractor(feature_size=num_mel_bins, sampling_rate=sampling_rate, n_fft=n_fft)
-    return torch.hann_window(n_fft), torch.from_numpy(own.mel_filters).float()
+    window = torch.hann_window(n_fft, dtype=torch.float32, device="cpu")
+    return window, torch.from_numpy(own.mel_filters).float()
 
 
 def kaldi_window_and_step(sampling_rate: int) -> tuple[int, int]:
@@ -151,9 +155,9 @@ def _log_mel(
     """
     (num_frames, length), num_bins = frames.shape, fft_length // 2 + 1
     size = min(BLOCK, math.ceil(num_frames / ROWS) * ROWS)
-    windowed = torch.zeros(size, fft_length)
-    real, imaginary = torch.empty(size, num_bins), torch.empty(size, num_bins)
-    log_mel = torch.empty(max(num_frames, size), filters.shape[1])
+    windowed = frames.new_zeros(size, fft_length)
+    real, imaginary = frames.new_empty(size, num_bins), frames.new_empty(size, num_bins)
+    log_mel = frames.new_empty(max(num_frames, size), filters.shape[1])
     for start in range(0, num_frames, size):
         start = max(0, min(start, num_frames - size))
         block, out = frames[start : start + size], log_mel[start : start + size]
