@@ -238,6 +238,16 @@ def test_weights_of_another_kind_run_the_loop():
     torch.testing.assert_close(block(hidden_states).as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_weights_that_are_not_loaded_are_refused(tokens):
+    # Compiled kernels would end the process.
+    block = make_block(hidden_size=512, intermediate_size=1024)
+    _, weights, index = block.gate(torch.randn(tokens, 512))
+    block.experts.to("meta")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="experts or routing on meta"):
+        block.experts(torch.randn(tokens, 512), index, weights)
+
+
 def test_order_is_stable_and_leaves_the_rest_for_the_end():
     order = sort_by_expert(torch.tensor([[2, 0], [3, 2], [0, 4]]), 4)
     assert order.pair_P.tolist() == [1, 4, 0, 3, 2, 5] and order.counts == [2, 0, 2, 1]

@@ -105,14 +105,23 @@ def unimoe_experts_forward(
 
     Returns:
         [T, O] in the dtype of `hidden_states`. Two runs are equal to the last bit.
+
+    Raises:
+        RuntimeError: the hidden states are on the CPU, the experts or the routing are not.
     """
     if is_recorded(hidden_states) or hidden_states.device.type != "cpu" or not _has_known_layout(experts):
         return _grouped_mm(experts, hidden_states, top_k_index, top_k_weights)
     weights = ExpertWeights.read(experts)
+    routing = (top_k_index, top_k_weights)
+    for tensor in (*weights, *routing):
+        if tensor is not None and not tensor.is_cpu:
+            # The kernels would read at an address that is not theirs; and of weights on "meta" PyTorch makes zeros.
+            raise RuntimeError(
+                f"hidden states on cpu, but experts or routing on {tensor.device}: put them on one device, or load the weights"
+            )
     if not all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weights if tensor is not None):
         # Quantised weights know F.linear and indexing, not matmuls that write into a given place.
-        return _loop(experts, hidden_states, top_k_index, top_k_weights)
-    routing = (top_k_index, top_k_weights)
+        return _loop(experts, hidden_states, *routing)
     if torch.is_autocast_enabled("cpu"):
         weights = weights.to(torch.get_autocast_dtype("cpu"))
         with torch.autocast("cpu", enabled=False):
