@@ -45,6 +45,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     SegformerConfig,
     SegformerModel,
     SiglipVisionConfig,
@@ -53,6 +55,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+import unimoe
+from unimoe import UniMoEConfig, UniMoEForConditionalGeneration
 from unimoe.modeling_unimoe.sparse_moe import UniMoESparseMoeBlock, init_sparse_moe_weights
 from unimoe.modeling_unimoe.sparsify import load_sparsified, resolve_layers, sparsify
 
@@ -495,6 +499,12 @@ def test_models_that_cannot_be_made_sparse_are_refused_whole(sparse_llama):
         sparsify(sparse_llama, "all")
     with pytest.raises(TypeError, match="sparse already"):
         sparsify(MixtralForCausalLM(MixtralConfig(num_local_experts=2, **TEXT)))
+    half_dense = {"decoder_sparse_step": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM has routers of its own"):
+        sparsify(Qwen2MoeForCausalLM(Qwen2MoeConfig(num_experts=4, **half_dense, **TEXT)), "even")
+    with pytest.raises(ValueError, match="made sparse by its configuration: .*vision_sparsity"):
+        model = UniMoEForConditionalGeneration(UniMoEConfig.from_pretrained(unimoe.tiny_checkpoint()))
+        sparsify(model, part="model.vision_tower")
     with pytest.raises(TypeError, match="layer 0 of BloomModel: cannot make BloomMLP"):
         sparsify(BloomModel(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)))
     with pytest.raises(TypeError, match="PreTrainedModel"):

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import (
     install_output_capuring_hook,
 )
 
-from .configuration_unimoe import resolve_layers
+from .configuration_unimoe import UniMoEConfig, resolve_layers
 from .router import UniMoETopKRouter
 from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
@@ -133,7 +133,29 @@ def plan_sparsify(
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index} of {type(model).__name__}: {error}") from None
         UniMoESparseMoeBlock.on_meta(dense, count, top_k, **options)
+    _check_no_other_routers(model)
     return stack_name, counts
+
+
+def _check_no_other_routers(model: PreTrainedModel) -> None:
+    """Refuses models that are sparse of themselves: they hand out, and balance, the logits of their own routers."""
+    if isinstance(model.config, UniMoEConfig):
+        raise ValueError(
+            f"{type(model).__name__} is made sparse by its configuration: `text_sparsity` and `vision_sparsity` of UniMoEConfig"
+        )
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or isinstance(module, SparseModelMixin):
+            continue
+        recorded = (module._can_record_outputs or {}).get("router_logits", [])
+        recorders = recorded if isinstance(recorded, list) else [recorded]
+        # Classes of models that may be dense or sparse name their routers in any case.
+        kinds = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
+        if any(isinstance(inner, kinds) for inner in module.modules()):
+            where = f"{name} of {type(model).__name__}" if name else type(model).__name__
+            raise ValueError(
+                f"{where} has routers of its own, whose logits would be mixed up with those of the new ones; pass a dense model, "
+                "or as the model a dense part of this one"
+            )
 
 
 def _experts_by_layer(indices: list[int], num_experts: int | Sequence[int]) -> dict[int, int]:
