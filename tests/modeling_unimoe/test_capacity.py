@@ -40,6 +40,21 @@ def test_capacity(arguments, expected):
     assert expert_capacity(*arguments) == expected
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_defaults_for_new_tensors_do_not_matter(default):
+    limits = ExpertCapacity(4, 1, 1.0, None, random_selection=True)
+    index_T1 = torch.zeros(8, 1, dtype=torch.long)
+    try:
+        with torch.device("meta" if default == "meta" else "cpu"):
+            torch.set_default_dtype(torch.float32 if default == "meta" else default)
+            # 400.00003 in float32, 400 in float64 and 402 in bfloat16.
+            assert expert_capacity(1000, 3, 1, 1.2) == 401
+            priority_T = limits.sample_priority(index_T1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert priority_T.dtype == torch.float32 and priority_T.device == index_T1.device
+
+
 def test_limits_only_where_a_token_can_be_turned_away():
     assert not ExpertCapacity(4, 2, None, None).limits(True)
     both = ExpertCapacity(4, 2, 1.5, 2.0)

@@ -104,6 +104,15 @@ def test_recorded_noise_gives_the_recorded_choice(recorded):
         torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
 
 
+def test_noise_is_float32_by_any_default():
+    router = UniMoETopKRouter(8, 4, 2, noise="gumbel")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert router.sample_noise(3).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_noise_is_off_unless_asked_for():
     torch.manual_seed(0)
     hidden_states = torch.randn(200, 8)

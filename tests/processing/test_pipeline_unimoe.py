@@ -8,6 +8,7 @@ from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from unimoe import UniMoEForConditionalGeneration
+from unimoe.processing.pipeline_batches import join_requests
 from unimoe.processing.pipeline_unimoe import AnyToTextPipeline
 
 NEW = 6
@@ -130,6 +131,16 @@ REQUESTS_OF_SEVERAL_TEXTS = [
     {"text": ["<video> is", "it <video><audio>"], "videos": [frames(3), frames(1)], "audio": (sound(), RATE)},
     "USER what",
 ]
+
+
+def test_videos_are_joined_where_they_are():
+    """On an accelerator that is PyTorch's default device (for which "meta" stands here), too."""
+    requests = [
+        {"features": {"pixel_values_videos": torch.ones(1, length, 3, 2, 2)}, "prompts": [[]]} for length in (1, 3)
+    ]
+    with torch.device("meta"):
+        features = join_requests(requests, 0)["features"]
+    assert features["video_frame_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 8])

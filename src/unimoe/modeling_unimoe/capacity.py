@@ -14,7 +14,8 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float
 
     Computed in float32, as the original does, since its ceiling depends on that where E is no power of two.
     """
-    return max(int(torch.ceil(torch.tensor(float(top_k * factor)) * (num_tokens / num_experts))), minimum)
+    factor_of_mean = torch.tensor(float(top_k * factor), dtype=torch.float32, device="cpu")
+    return max(int(torch.ceil(factor_of_mean * (num_tokens / num_experts))), minimum)
 
 
 def keep_within_capacity(
@@ -85,7 +86,9 @@ class ExpertCapacity:
 
     def sample_priority(self, index_TK: torch.Tensor) -> torch.Tensor | None:
         """Float32 [T], random; None where the order of tokens decides."""
-        return torch.rand(len(index_TK), device=index_TK.device) if self.random_selection else None
+        if not self.random_selection:
+            return None
+        return torch.rand(len(index_TK), dtype=torch.float32, device=index_TK.device)
 
     def apply(self, weights_TK: torch.Tensor, index_TK: torch.Tensor, training: bool) -> torch.Tensor:
         """The weights [T, K] with those of dropped choices at zero; with `norm_topk_prob` the rest sum to one again.

@@ -250,8 +250,8 @@ class UniMoETopKRouter(nn.Module):
         """What is added to the logits of this call: float32 [T, E] or None."""
         if self.noise is None:
             return None
-        exponential = torch.empty(num_tokens, self.num_experts, device=self.weight.device).exponential_()
-        return -exponential.log()
+        shape = (num_tokens, self.num_experts)
+        return -torch.empty(shape, dtype=torch.float32, device=self.weight.device).exponential_().log()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [..., H] to (router logits [T, E], weights [T, K], expert ids [T, K]): Transformers' order."""

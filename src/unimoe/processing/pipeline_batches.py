@@ -59,11 +59,11 @@ def split_answers(
 
 def _join_videos(features: list[Any]) -> dict[str, torch.Tensor]:
     """Videos of several requests one behind the other, padded with zero frames to the longest."""
-    videos = [one["pixel_values_videos"] for one in features if "pixel_values_videos" in one]
+    features = [one for one in features if "pixel_values_videos" in one]
+    videos = [one["pixel_values_videos"] for one in features]
     masks = [
-        one.get("video_frame_mask", torch.ones(one["pixel_values_videos"].shape[:2], dtype=torch.int64))
-        for one in features
-        if "pixel_values_videos" in one
+        one.get("video_frame_mask", video.new_ones(video.shape[:2], dtype=torch.int64))
+        for one, video in zip(features, videos)
     ]
     width = max(video.shape[1] for video in videos)
     pad = torch.nn.functional.pad
