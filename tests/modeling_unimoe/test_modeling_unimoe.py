@@ -178,6 +178,17 @@ def test_adapted_embeddings_place_placeholders(options):
     torch.testing.assert_close(found, adapted(**inputs).logits)
 
 
+@torch.no_grad()
+def test_embeddings_that_round_by_the_number_of_rows_place_placeholders():
+    """As the products of adapters do on some processors; here each number of rows has results of its own."""
+    model = UniMoEForConditionalGeneration(tiny_config(**IDS_INSIDE)).eval()
+    model.get_input_embeddings().register_forward_hook(lambda _, args, found: found * (1 + args[0].numel() * 2**-20))
+    inputs = tiny_inputs(model.config)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    found = model(inputs_embeds=embeds, **media_of(inputs)).logits
+    torch.testing.assert_close(found, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_attention_implementations_agree(model, attention):

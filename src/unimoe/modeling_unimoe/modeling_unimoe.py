@@ -273,9 +273,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 f"{modality} inputs cannot be placed by `inputs_embeds` alone, since `{modality}_token_id` ({token_id}) has "
                 "no embedding in this model: pass `input_ids`, or embeddings into which the features are already put"
             )
-        # The table is called, not read: its weight may be offloaded, and adapters and scales act in its forward pass.
-        placeholder = self.get_input_embeddings()(torch.full((1, 1), token_id, device=inputs_embeds.device))
-        return (inputs_embeds == placeholder).all(dim=-1)
+        # The table is called, not read: its weight may be offloaded, and adapters and scales act in its forward pass. For each
+        # place anew, since an adapter's products may round otherwise for another number of rows.
+        placeholders = torch.full(inputs_embeds.shape[:2], token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholders)).all(dim=-1)
 
     def _beyond_vocabulary(self, modalities: Iterable[str]) -> list[str]:
         """Those of `modalities` whose placeholder has no embedding, as in checkpoints that keep the original's table."""
