@@ -14,6 +14,9 @@ from unimoe.processing.feature_extraction_unimoe import UniMoEFeatureExtractor
 from unimoe.processing.media import load_audio
 from unimoe.processing.spectrograms import kaldi_filterbank
 
+# Of log-mels, on processors whose matrix products add up in another order for another shape.
+ROUNDING = 2.5e-7
+
 
 @pytest.fixture(scope="module")
 def audio_golden(golden):
@@ -159,14 +162,17 @@ def test_log_mels_equal_transformers_own(extractor):
     whisper = WhisperFeatureExtractor()
     features = extractor.extract_speech([sound])["input_features"]
     for row, chunk in zip(features, (sound[:480000], sound[480001:])):
-        assert np.array_equal(row, whisper(chunk, sampling_rate=16000, return_tensors="np")["input_features"][0])
+        expected = whisper(chunk, sampling_rate=16000, return_tensors="np")["input_features"][0]
+        np.testing.assert_allclose(row, expected, rtol=0, atol=ROUNDING)
 
 
 def test_stride_without_loss():
     extractor = UniMoEFeatureExtractor(speech_chunk_stride=480000)
     sound = noise(500000)
     expected = WhisperFeatureExtractor()(sound[480000:], sampling_rate=16000, return_tensors="np")["input_features"]
-    assert np.array_equal(extractor.extract_speech([sound])["input_features"][1:], expected)
+    np.testing.assert_allclose(
+        extractor.extract_speech([sound])["input_features"][1:], expected, rtol=0, atol=ROUNDING
+    )
 
 
 def test_speech_chunks_can_be_limited():

@@ -100,7 +100,9 @@ def kaldi_filterbank(waveform: torch.Tensor, num_mel_bins: int, sampling_rate: i
 def whisper_log_mel(
     samples: np.ndarray, num_samples: int, num_mel_bins: int, sampling_rate: int, n_fft: int, hop_length: int
 ) -> torch.Tensor:
-    """What `WhisperFeatureExtractor` makes of a sound filled up with zeros, bit for bit, without working on the zeros.
+    """What `WhisperFeatureExtractor` makes of a sound filled up with zeros, without working on the zeros.
+
+    Bit for bit where matrix products of any shape add up in the same order, as MKL's do with AVX-512; elsewhere to rounding.
 
     Args:
         samples: float32 [at most num_samples].
