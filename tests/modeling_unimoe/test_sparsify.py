@@ -54,6 +54,8 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 import unimoe
 from unimoe import UniMoEConfig, UniMoEForConditionalGeneration
@@ -237,10 +239,10 @@ def test_a_stack_that_is_not_called_has_no_router_logits():
     assert len(model(IDS, pixel_values=PIXELS, output_router_logits=True).router_logits) == 1
 
 
-def test_models_that_record_nothing_say_so():
+def test_models_that_record_nothing_else_return_router_logits():
     model = sparsify(GPTJForCausalLM(GPTJConfig(rotary_dim=4, resid_pdrop=0, **GPT)), [1], 4, 2)
-    with pytest.raises(ValueError, match="GPTJModel does not record outputs"):
-        model(IDS, output_router_logits=True)
+    for part in (model, model.transformer):
+        assert [r.shape for r in part(IDS, output_router_logits=True).router_logits] == [(10, 4)]
 
 
 # ---- life as a Transformers model
@@ -590,6 +592,37 @@ def test_gradients_reach_the_routers_and_experts_of_a_part():
     (output.loss + sum(logits.square().mean() for logits in output.router_logits)).backward()
     block = model.model.language_model.layers[1].mlp
     assert all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
+
+
+class LlamaAroundAnother(PreTrainedModel):
+    """Layers of its own behind those of a model inside."""
+
+    config_class = LlamaConfig
+    _can_record_outputs = {"hidden_states": nn.Linear}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = LlamaModel(config)
+        self.layers = nn.ModuleList([LlamaModel(config).layers[0] for _ in range(2)])
+        self.post_init()
+
+    @capture_outputs
+    def forward(self, input_ids, **kwargs):
+        hidden_states = self.inner(input_ids).last_hidden_state
+        for layer in self.layers:
+            hidden_states = hidden_states + layer.mlp(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+@pytest.mark.parametrize("parts", [["inner", "layers"], ["layers", "inner"]], ids=str)
+def test_layers_beside_a_model_with_layers_keep_their_router_logits(parts):
+    model = LlamaAroundAnother(LlamaConfig(**TEXT))
+    for part in parts:
+        sparsify(model, "even", 3 if part == "inner" else 2, 2, part=part)
+        model(IDS, output_router_logits=True)
+    for one in (model, copy.deepcopy(model)):
+        logits = one(IDS, output_router_logits=True).router_logits
+        assert [r.shape for r in logits] == [(10, 3), (10, 3), (10, 2)]
 
 
 def test_text_alone_asks_no_tower_for_router_logits():

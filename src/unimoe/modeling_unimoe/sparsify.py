@@ -92,8 +92,8 @@ def sparsify(
         # Transformers installs its hooks once, at the first request; these routers came after it.
         for index in counts:
             install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
-    for prefix, link in chain:
-        _become_sparse(link, records=link is owner)
+    for prefix, link in reversed(chain):
+        _become_sparse(link)
         _extend_parallel_plans(link, stack_name.removeprefix(prefix).lstrip("."), stack[next(iter(counts))].mlp)
     # The dense class could only ever be "eager", so that is taken for no choice at all.
     chosen = owner.config._experts_implementation
@@ -276,8 +276,15 @@ def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
     return list(calls.values())
 
 
-def _become_sparse(model: PreTrainedModel, records: bool) -> None:
-    model.__class__ = sparse_class(getattr(type(model), "_stock_class", type(model)), records)
+def _become_sparse(model: PreTrainedModel) -> None:
+    stock_class = getattr(type(model), "_stock_class", type(model))
+    inside = (module for module in model.modules() if module is not model)
+    owns_all = not any(isinstance(module, SparseModelMixin) for module in inside)
+    _take_class(model, stock_class, records=owns_all and bool(stock_class._can_record_outputs))
+
+
+def _take_class(model: PreTrainedModel, stock_class: type[PreTrainedModel], records: bool) -> None:
+    model.__class__ = sparse_class(stock_class, records)
     if records:
         _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
@@ -342,7 +349,7 @@ class SparseModelMixin(PrefersUnimoeExperts):
 
 def _rebuild(stock_class: type[PreTrainedModel], records: bool) -> PreTrainedModel:
     model = stock_class.__new__(stock_class)
-    _become_sparse(model, records)
+    _take_class(model, stock_class, records)
     return model
 
 
@@ -352,63 +359,52 @@ def sparse_class(stock_class: type[PreTrainedModel], records: bool) -> type[PreT
 
     Args:
         stock_class: a Transformers model class.
-        records: whether it owns the layers, and so records their router logits; else it hands them up from the model
-            inside that does.
+        records: whether it records router logits as Transformers records other outputs, which a model that owns its layers does
+            where its class records any; else, as a head and a model around several do, it takes those of all routers inside.
     """
     body = {
         # The name is saved as the checkpoint's architecture. Module and name pick the conversions of checkpoints.
         "__module__": stock_class.__module__,
         # Transformers keys what it records by this name, so it must differ from the stock class's.
-        "__qualname__": f"Sparse{stock_class.__qualname__}",
+        "__qualname__": f"{'Sparse' if records else 'SparseInside'}{stock_class.__qualname__}",
         "__doc__": stock_class.__doc__,
         "_stock_class": stock_class,
         "_records_router_logits": records,
     }
     if records:
         body["_can_record_outputs"] = {
-            **(stock_class._can_record_outputs or {}),
+            **stock_class._can_record_outputs,
             "router_logits": OutputRecorder(UniMoETopKRouter, index=0),
         }
     else:
-        body["forward"] = _hand_up_router_logits(stock_class.forward)
+        body["forward"] = _with_router_logits(stock_class.forward)
     return type(stock_class.__name__, (SparseModelMixin, stock_class), body)
 
 
-def _hand_up_router_logits(stock_forward):
-    """A forward whose output has the `router_logits` that the inner model returned and the stock head left out."""
+def _with_router_logits(stock_forward):
+    """A forward whose output has the `router_logits` of all routers that ran, which the stock model would leave out."""
 
     @functools.wraps(stock_forward)
     def forward(self, *args, **kwargs):
         wanted = kwargs.get("output_router_logits")
         if not (getattr(self.config, "output_router_logits", False) if wanted is None else wanted):
             return stock_forward(self, *args, **kwargs)
-        recorders = [module for module in self.modules() if getattr(module, "_records_router_logits", False)]
+        routers = [module for module in self.modules() if isinstance(module, UniMoETopKRouter)]
         thread = threading.get_ident()
         seen = {}
 
-        def ask(module, inputs, options):
-            # Some heads keep the request to themselves.
-            return (inputs, {**options, "output_router_logits": True}) if threading.get_ident() == thread else None
+        def see(router, inputs, output):
+            if threading.get_ident() == thread:
+                seen[router] = output[0]
 
-        def keep(module, inputs, output):
-            if threading.get_ident() != thread:
-                return
-            if getattr(output, "router_logits", None) is None:
-                raise ValueError(
-                    f"{type(module).__name__} does not record outputs the way of Transformers, so it has no router logits "
-                    "to return; hooks on the routers (`mlp.gate`) see them"
-                )
-            seen[module] = output.router_logits
-
-        handles = [recorder.register_forward_pre_hook(ask, with_kwargs=True) for recorder in recorders]
-        handles += [recorder.register_forward_hook(keep) for recorder in recorders]
+        handles = [router.register_forward_hook(see) for router in routers]
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         # A vision tower is not called for text alone.
-        router_logits = tuple(logits for recorder in recorders for logits in seen.get(recorder, ()))
+        router_logits = tuple(seen[router] for router in routers if router in seen)
         if isinstance(output, tuple):
             return *output, router_logits
         output["router_logits"] = router_logits
