@@ -7,6 +7,7 @@ from tiny_models import tiny_text_config
 from transformers import AutoConfig, CLIPVisionModel, WhisperModel
 
 from unimoe import UniMoEConfig, UniMoEModel
+from unimoe.modeling_unimoe.vision_features import UniMoEVisionOutput, encode_videos
 
 
 def read(path, *names):
@@ -77,3 +78,16 @@ def test_whisper_encoder(golden, attention):
     features, expected = read(root / "cases_e2.safetensors", *names)
     output = model.get_speech_features(features.flatten(0, -3))
     torch.testing.assert_close(output.last_hidden_state, expected, rtol=0, atol=1e-4)
+
+
+def test_videos_of_a_tower_on_another_device_than_their_masks():
+    def encode_frames(frames, return_dict):
+        assert len(frames) == 5
+        return UniMoEVisionOutput(
+            last_hidden_state=torch.empty(5, 4, 6, device="meta"), pooler_output=torch.empty(5, 4, 8, device="meta")
+        )
+
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    output = encode_videos(encode_frames, torch.zeros(2, 3, 3, 8, 8), mask)
+    assert output.pooler_output.shape == (2, 4, 8) and output.pooler_output.is_meta
+    assert output.last_hidden_state.shape == (2, 3, 4, 6) and output.last_hidden_state.is_meta

@@ -92,15 +92,15 @@ def encode_videos(
     frames_per_video = video_frame_mask.bool().sum(dim=1)
     _check_every_video_has_a_frame(frames_per_video)
     # Padding frames are left out before the tower, which costs far more than this selection.
-    is_real = video_frame_mask.flatten().bool()
-    outputs = encode_frames(frames[is_real], return_dict=True, **kwargs)
-    video_index = torch.arange(num_videos, device=is_real.device).repeat_interleave(num_frames)[is_real]
-    features = outputs.pooler_output
-    total = features.new_zeros((num_videos, *features.shape[1:])).index_add(0, video_index, features)
-    outputs.pooler_output = total / frames_per_video.to(total.dtype).view(-1, 1, 1)
-    selected = outputs.last_hidden_state
+    place = video_frame_mask.flatten().nonzero().flatten()
+    outputs = encode_frames(frames[place.to(frames.device)], return_dict=True, **kwargs)
+    # Tower and connector may lie on other devices than the inputs.
+    features, selected = outputs.pooler_output, outputs.last_hidden_state
+    total = features.new_zeros((num_videos, *features.shape[1:]))
+    total = total.index_add(0, place.to(features.device) // num_frames, features)
+    outputs.pooler_output = total / frames_per_video.to(total).view(-1, 1, 1)
     every_frame = selected.new_zeros((len(frames), *selected.shape[1:]))
-    every_frame[is_real] = selected
+    every_frame = every_frame.index_copy(0, place.to(selected.device), selected)
     outputs.last_hidden_state = every_frame.unflatten(0, (num_videos, num_frames))
     return outputs
 
