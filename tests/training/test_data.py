@@ -76,8 +76,17 @@ def test_nothing_readable_is_an_error(processor, data_file):
     dataset = ConversationDataset(file, processor)
     (file.parent / "image0.png").unlink()
     (file.parent / "image0.png").write_bytes(b"")
-    with pytest.raises(DataError, match="nor any other"):
+    with pytest.raises(DataError, match="nor any other.*image0.png.*empty"):
         dataset[0]
+
+
+def test_why_no_record_can_be_used(processor, data_file):
+    late = [*turn("a", "b"), *turn("c" * 99 + "<image>", "d")]
+    file = data_file([{"conversations": turn("a", "b")}, {"image": "image0.png", "conversations": late}])
+    with pytest.raises(DataError, match=r"data.json\[0\].*: no answer within 3 tokens"):
+        ConversationDataset(file, processor, max_length=3)[0]
+    with pytest.raises(DataError, match=r"data.json\[1\].*: a medium is not within 220 tokens"):
+        ConversationDataset(file, processor, max_length=220)[1]
 
 
 def test_long_records_are_counted(processor, data_file):
@@ -100,6 +109,8 @@ def test_a_record_that_loses_its_only_image_is_replaced(processor, data_file):
 def test_arguments(processor, data_file):
     with pytest.raises(ValueError, match="maybe"):
         ConversationDataset(data_file(), processor, on_unreadable="maybe")
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        ConversationDataset(data_file(), processor, max_length=0)
     with pytest.raises(DataError, match="no data file"):
         ConversationDataset([], processor)
     dataset = ConversationDataset(data_file(), processor)

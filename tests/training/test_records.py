@@ -41,6 +41,25 @@ def test_paths_start_from_the_root(processor, media_folder, tmp_path):
     assert str(records[1].media["image"][0]) == str(media_folder / "image1.png")
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "image", "path": "image0.png"},
+        {"type": "image", "url": "image0.png"},
+        {"type": "image_url", "image_url": "image0.png"},
+        {"type": "image_url", "image_url": {"url": "image0.png"}},
+    ],
+)
+def test_paths_of_all_blocks_start_from_the_file_s_folder(processor, data_file, block):
+    file = data_file([{"messages": [{"role": "user", "content": [block]}, {"role": "assistant", "content": "a"}]}])
+    assert read_records(file, processor)[0].media == {"image": [file.parent / "image0.png"]}
+
+
+def test_an_ending_in_capitals(processor, data_file):
+    file = data_file([RECORDS[4]] * 2, "lines.jsonl")
+    assert len(read_records(file.rename(file.with_name("LINES.JSONL")), processor)) == 2
+
+
 def test_an_animated_webp_in_a_list_is_a_video(processor, data_file):
     file = data_file([{"video": ["a.webp", "b.webp"], "conversations": turn("<video><video>", "x")}])
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
@@ -86,6 +105,8 @@ BAD = {
     "no dict": ("text", "'conversations' or 'messages'"),
     "no turns": ({"conversations": []}, "not be empty"),
     "role": ({"conversations": [{"from": "robot", "value": "x"}]}, "robot"),
+    "role of another type": ({"conversations": [{"from": ["human"], "value": "x"}]}, "found from=['human']"),
+    "half a character": ({"conversations": turn("x", "cut \ud83d")}, "message 1 holds '\\ud83d', half a character"),
     "order": ({"conversations": [{"from": "human", "value": "x"}] * 2}, "alternate"),
     "no answer": ({"conversations": [{"from": "human", "value": "x"}]}, "last answer"),
     "empty answer": ({"conversations": turn("x", " ")}, "empty answer"),
@@ -98,6 +119,7 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
         "gives no item",
     ),
+    "chat kind": ({"messages": [{"role": "user", "content": [{"type": ["image"]}]}]}, "type ['image'] is unknown"),
     "chat role": ({"messages": [{"role": "tool", "content": "x"}]}, "tool"),
 }
 
@@ -111,7 +133,7 @@ def test_every_bad_record_is_named(processor, data_file):
     for index, (name, (_, words)) in enumerate(BAD.items(), 1):
         part = message.split(f"[{index}] ")[1].split(f"; [{index + 1}]")[0]
         assert words in part, name
-    assert "[0]" not in message
+    assert "cannot be used: [1] " in message
 
 
 def test_many_bad_records_are_all_named(processor, data_file):
@@ -135,7 +157,15 @@ def test_a_kind_without_a_tower(data_file):
 
 
 @pytest.mark.parametrize(
-    "name, text, words", [("a.json", "{", "JSON"), ("a.json", "{}", "list"), ("a.json", "[]", "no rec")]
+    "name, text, words",
+    [
+        ("a.json", "{", "JSON"),
+        ("a.json", "{}", "list"),
+        ("a.json", "[]", "no rec"),
+        ("a.json", "[" * 100_000, "a.json: not valid JSON"),
+        ("a.json", f"[{10**4000}{10**4000}]", "a.json: not valid JSON"),
+        ("a.jsonl", "[" * 100_000, r"\[0\] not valid JSON"),
+    ],
 )
 def test_unusable_files(processor, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)

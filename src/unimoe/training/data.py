@@ -35,7 +35,7 @@ class ConversationDataset(Dataset):
 
     Raises:
         DataError: there are no records, or some cannot be used; names each by index.
-        ValueError: `on_unreadable` is unknown.
+        ValueError: `on_unreadable` is unknown, or `max_length` is not positive.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class ConversationDataset(Dataset):
     ):
         if on_unreadable not in ("skip", "stop"):
             raise ValueError(f"on_unreadable={on_unreadable!r} is unknown; it is 'skip' or 'stop'")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, or None for the processor's, got {max_length}")
         check_processor(processor)
         self.processor = processor
         self.max_length = processor.max_length if max_length is None else max_length
@@ -75,6 +77,7 @@ class ConversationDataset(Dataset):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        reasons = []
         for candidate in self._candidates(index):
             record = self.records[candidate]
             try:
@@ -82,18 +85,22 @@ class ConversationDataset(Dataset):
             except MediaError as error:
                 if self.on_unreadable == "stop":
                     raise DataError(f"{record.name}: {error}") from None
-                self._mark("unreadable", candidate, str(error))
+                reasons.append(str(error))
+                self._mark("unreadable", candidate, reasons[-1])
                 continue
             if sample.truncated:
                 self._mark("truncated", candidate, f"cut to {self.max_length} tokens")
             if not sample.num_labels:
-                self._mark("without_answer", candidate, f"no answer within {self.max_length} tokens, left out")
+                reasons.append(f"no answer within {self.max_length} tokens")
+                self._mark("without_answer", candidate, f"{reasons[-1]}, left out")
                 continue
             if sample.lost_kind:
                 # It is not of its mix any more, and the processes of a step count on that.
+                reasons.append(f"a medium is not within {self.max_length} tokens")
                 continue
             return sample
-        raise DataError(f"{self.records[index].name}: neither this record nor any other of its mix can be used")
+        name = self.records[index].name
+        raise DataError(f"{name}: neither this record nor any other of its mix can be used: {reasons[0]}")
 
     def media_kinds(self) -> set[str]:
         """The kinds of media in all records; each sound is of the kind of the tower that it goes through."""

@@ -31,6 +31,8 @@ MEDIA_KEYS = {
 MAX_REASONS = 20
 # Longer strings are base64 data, never paths.
 MAX_PATH = 1000
+# What `json` raises, also for numbers of too many digits and for lists of too great a depth.
+_UNREADABLE = (ValueError, RecursionError)
 
 
 class DataError(ValueError):
@@ -114,18 +116,18 @@ def _load(path: Path) -> list[Any]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         raw: Any = []
         # Not `splitlines`: texts may hold other characters that end a line.
         for line in filter(str.strip, text.split("\n")):
             try:
                 raw.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except _UNREADABLE as error:
                 raw.append(error)
     else:
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except _UNREADABLE as error:
             raise DataError(f"{path}: not valid JSON ({error}); a file with one record a line is a .jsonl") from None
     if not isinstance(raw, list):
         raise DataError(f"{path}: expected a list of records, found {type(raw).__name__}")
@@ -155,6 +157,7 @@ def _read(entry: Any, name: str, processor: Any, root: Path, check_files: bool) 
         for i, item in enumerate(items):
             if check_files:
                 check_media(item, kind, f"{kind} {i + 1}" if len(items) > 1 else kind)
+    _check_characters(messages)
     words = sum(len(_text(message).split()) for message in messages)
     return Record(name, messages, media, _given_length(entry) or words)
 
@@ -188,7 +191,7 @@ def _read_llava(entry: dict[str, Any], processor: Any, root: Path) -> tuple[list
     for i, turn in enumerate(turns):
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(
                 f"turn {i} must be {{'from': 'human' or 'gpt', 'value': text}}, found from={role!r}, value={text!r:.40}"
             )
@@ -259,7 +262,7 @@ def _with_paths(message: Any, root: Path) -> Any:
     blocks = []
     for block in message["content"]:
         if isinstance(block, dict):
-            keys = [key for key in ("path", block.get("type")) if key in block and key != "text"]
+            keys = [key for key in ("path", "url", str(block.get("type"))) if key in block and key != "text"]
             block = {**block, **{key: _resolve(block[key], root) for key in keys}}
         blocks.append(block)
     return {**message, "content": blocks}
@@ -268,6 +271,8 @@ def _with_paths(message: Any, root: Path) -> Any:
 def _resolve(item: Any, root: Path) -> Any:
     if isinstance(item, list):
         return [_resolve(one, root) for one in item]
+    if isinstance(item, dict) and "url" in item:
+        return {**item, "url": _resolve(item["url"], root)}
     if not isinstance(item, str) or "://" in item or item.startswith("data:") or len(item) > MAX_PATH:
         return item
     return root / os.path.expanduser(item)
@@ -287,6 +292,16 @@ def _check_roles(messages: list[dict[str, Any]]) -> None:
             raise ValueError(f"turn {i} is an empty answer")
     if len(turns) % 2:
         raise ValueError("ends with a question, so its last answer is missing")
+
+
+def _check_characters(messages: list[dict[str, Any]]) -> None:
+    for i, message in enumerate(messages):
+        try:
+            _text(message).encode()
+        except UnicodeEncodeError as error:
+            # JSON can tell one, as in texts that were cut inside an emoji; tokenizers cannot take it.
+            half = error.object[error.start]
+            raise ValueError(f"the text of message {i} holds {half!r}, half a character; remove it") from None
 
 
 def _text(message: dict[str, Any]) -> str:
