@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from training_records import RECORDS, turn
+from transformers import LlamaConfig
+from transformers.integrations import integration_utils
 
 from unimoe import UniMoEForConditionalGeneration
 from unimoe.cli import main
@@ -121,12 +123,18 @@ def test_third_stage_of_cumo(model_folder, data_file, write_recipe, tmp_path):
     assert {"vision_tower", "vision_connector", "attention", "ffn"} <= changed
 
 
-def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
+def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys, monkeypatch):
     dense, sparse = str(model_folder("dense", text_sparsity=None)), str(model_folder("sparse"))
     data, empty = str(data_file()), str(data_file([], "empty.json"))
     good = {"model": dense, "data": data, "train": ["connectors"], "trainer": {"max_steps": 1}}
     assert main(["train", write_recipe("done", **good)]) == 0
     capsys.readouterr()
+    # Whether it is installed or not.
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    cut, other = tmp_path / "cut", tmp_path / "other"
+    shutil.copytree(dense, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    LlamaConfig().save_pretrained(other)
     wrong = [
         ({**good, "model": "absent"}, [], "absent"),
         ({**good, "train": []}, [], "either 'train'"),
@@ -144,6 +152,14 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         ({**good, "trainer": {"per_device_train_batch_size": 0}}, [], "batch_size"),
         ({**good, "trainer": {"eval_strategy": "steps"}}, [], "eval"),
         ({**good, "trainer": {"label_smoothing_factor": 0.1}}, [], "label_smoothing_factor"),
+        ({**good, "trainer": {"report_to": "wandb"}}, [], "report_to: WandbCallback requires wandb"),
+        ({**good, "trainer": {"log_level": "loud"}}, [], "'log_level' must be one of detail, debug"),
+        ({**good, "trainer": {"accelerator_config": {"x": 1}}}, [], "unexpected keyword argument 'x'"),
+        ({**good, "trainer": {"lr_scheduler_kwargs": {"x": 1}}}, [], "unexpected keyword argument 'x'"),
+        ({**good, "max_length": 0}, [], "max_length"),
+        ({**good, "model": str(other)}, [], "is a 'llama' checkpoint"),
+        ({**good, "model": str(cut)}, [], "model.safetensors: not a whole safetensors file"),
+        ({**good, "experts": {"from": [dense, str(cut)]}}, [], "model.safetensors: not a whole safetensors file"),
         ({**good, "output": str(tmp_path / "done")}, [], "--resume"),
         ({**good, "output": str(tmp_path / "done"), "max_length": 99}, ["--resume"], "max_length"),
         ({**good, "output": str(tmp_path)}, [], "not empty"),
@@ -153,6 +169,22 @@ def test_refusals(model_folder, data_file, write_recipe, tmp_path, capsys):
         refusal = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unimoe train")]
         assert len(refusal) == 1 and words in refusal[0], (words, refusal)
         assert not list((tmp_path / f"wrong{number}").glob("*")), "a corrected recipe could not be run"
+
+
+def test_schedules_with_options_of_their_own(model_folder, data_file, write_recipe):
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 5e-3}}
+    fields = {"model": str(model_folder("sparse")), "data": str(data_file()), "train": ["routers"]}
+    assert main(["train", write_recipe("schedule", **fields, trainer={**schedule, "max_steps": 1})]) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_file_is_told_from_workers_too(model_folder, data_file, write_recipe, capsys, workers):
+    file = data_file(RECORDS[:1])
+    (file.parent / "image0.png").unlink()
+    (file.parent / "image0.png").write_bytes(b"not an image")
+    fields = {"model": str(model_folder("sparse")), "data": str(file), "train": ["routers"], "on_unreadable": "stop"}
+    assert main(["train", write_recipe("broken", **fields, trainer={"dataloader_num_workers": workers})]) == 1
+    assert "unimoe train: data.json[0]: images[0][0]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parts, warns", [(["vision_connector", "audio_tower"], True), (["attention"], False)])

@@ -102,7 +102,7 @@ def test_refusals(make_model, model_folder, processor, tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match="lora_dropout"):
         lora_config(model, lora_dropout=0.1)
-    with pytest.raises(ValueError, match="nothing to adapt"):
+    with pytest.raises(ValueError, match="nothing to adapt: attention, ffn, experts are all off"):
         lora_config(model, attention=False, ffn=False, experts=False)
     with pytest.raises(ValueError, match="adapter_config.json"):
         load_adapter(model, tmp_path)

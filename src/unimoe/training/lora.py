@@ -61,7 +61,9 @@ def lora_config(
         if parameter.ndim == 3 and _wanted_kind(name, wanted, language_model_only) == "experts":
             target_parameters.append(name)
     if not target_modules and not target_parameters:
-        raise ValueError(f"nothing to adapt: the model has none of {[part for part, on in wanted.items() if on]}")
+        asked = [part for part, on in wanted.items() if on]
+        reason = f"the model has none of {asked}" if asked else f"{', '.join(wanted)} are all off; turn one on"
+        raise ValueError(f"nothing to adapt: {reason}")
     if target_parameters and kwargs.get("lora_dropout"):
         raise ValueError(
             "lora_dropout must be 0 where experts are adapted: PEFT merges their adapters into the weights"

@@ -7,29 +7,35 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import DistributedType, PartialState
 from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForMultimodalLM,
     AutoProcessor,
     DistributedConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import trainer_log_levels
 from transformers.utils import logging
 
+from ..modeling_unimoe.configuration_unimoe import UniMoEConfig
 from ..upcycling import upcycle
 from .collator import MultimodalCollator
 from .data import ConversationDataset
 from .lora import lora_config
 from .parts import can_change, train_only
 from .recipe import Recipe
+from .records import DataError
 from .trainer import ModalityTrainer
-from .upcycling import assemble_experts
+from .upcycling import assemble_experts, open_weights
 
 logger = logging.get_logger(__name__)
 
@@ -55,8 +61,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
         ValueError: the output holds another run, the model or an expert's checkpoint does not fit, or an argument is wrong.
     """
     output = Path(recipe.output)
-    if not (Path(recipe.model) / "config.json").is_file():
-        raise ValueError(f"model: {recipe.model} has no config.json; give the folder of a checkpoint")
+    _check_model(recipe)
     arguments = training_arguments(recipe)
     # After the arguments, which decide on the devices and the backend.
     state = PartialState()
@@ -100,10 +105,13 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
             logger.warning(f"resuming from {checkpoint}")
         with all_layers(model) if sharding is not None or trainer.is_fsdp_enabled else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    except Exception:
+    except Exception as error:
         # A recipe that could not do a step is corrected and started again, not resumed.
         if is_fresh and (trainer is None or trainer.state.global_step == 0):
             _release(output)
+        if isinstance(error, DataError):
+            # Of a data loader's worker it ends a traceback in text form.
+            raise DataError(str(error).rstrip().rsplit(f"{DataError.__name__}: ", 1)[-1]) from None
         raise
     save_run(trainer, base, processor, output)
     train_data.share_marks(arguments.device)
@@ -113,6 +121,18 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> Path:
                 print(f"{count} of {len(train_data)} records: {kind.replace('_', ' ')}")
     state.wait_for_everyone()
     return output / "model"
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Raises ValueError or OSError where the recipe's model is no whole checkpoint of this package."""
+    folder = Path(recipe.model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: {folder} has no config.json; give the folder of a checkpoint")
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind != UniMoEConfig.model_type:
+        raise ValueError(f"model: {folder} is a {kind!r} checkpoint, not a UniMoE one; convert it first")
+    for file in sorted(folder.glob("*.safetensors")):
+        open_weights(file)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -127,9 +147,29 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "save_strategy": "steps" if recipe.distributed is None else "no",
     }
     # The collator takes samples, of which Trainer knows no columns.
-    return TrainingArguments(
-        output_dir=recipe.output, **{**defaults, **recipe.trainer, "remove_unused_columns": False}
-    )
+    fields = {**defaults, **recipe.trainer, "remove_unused_columns": False}
+    try:
+        arguments = TrainingArguments(output_dir=recipe.output, **fields)
+        _check_arguments(arguments)
+    except TypeError as error:
+        # Of a mapping with a field that nothing knows.
+        raise ValueError(f"trainer: {error}") from None
+    return arguments
+
+
+def _check_arguments(arguments: TrainingArguments) -> None:
+    """Raises what Trainer itself would raise, but only once the model is loaded."""
+    for name in ("log_level", "log_level_replica"):
+        if getattr(arguments, name) not in trainer_log_levels:
+            raise ValueError(f"trainer: {name!r} must be one of {', '.join(trainer_log_levels)}")
+    for reporter in get_reporting_integration_callbacks(arguments.report_to):
+        try:
+            reporter()
+        except RuntimeError as error:
+            raise ValueError(f"trainer: report_to: {error}") from None
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    warmup, options = arguments.get_warmup_steps(1), arguments.lr_scheduler_kwargs
+    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, 1, options)
 
 
 def _check_processes(recipe: Recipe, arguments: TrainingArguments, state: PartialState, resume: bool) -> None:

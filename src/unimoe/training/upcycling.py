@@ -5,9 +5,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
@@ -23,11 +24,19 @@ logger = logging.get_logger(__name__)
 StrPath = str | os.PathLike
 
 
+def open_weights(file: Path) -> Any:
+    """A safetensors file for reading; raises ValueError where it was cut off or is something else."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
+
+
 class Checkpoint:
     """The tensors of a folder that `save_pretrained` wrote, read one at a time.
 
     Raises:
-        ValueError: the folder holds no safetensors.
+        ValueError: the folder holds no safetensors, or one that is not whole.
     """
 
     def __init__(self, folder: StrPath):
@@ -40,7 +49,7 @@ class Checkpoint:
         missing = [name for name in ["config.json", *files] if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(f"{self.folder}: no {missing[0]} there; give the folder of a whole checkpoint")
-        self._open = [safe_open(self.folder / name, "pt") for name in files]
+        self._open = [open_weights(self.folder / name) for name in files]
         self._files = {key: file for file in self._open for key in file.keys()}
 
     def names(self) -> set[str]:
