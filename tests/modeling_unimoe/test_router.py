@@ -1,9 +1,14 @@
 """The fused router against its definition: values, gradients, ties, dtypes and refusals."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unimoe.modeling_unimoe import router_triton
 from unimoe.modeling_unimoe.router import UniMoETopKRouter, fused_topk_router, naive_topk_router, route
 
 
@@ -162,3 +167,54 @@ def test_numbers_of_numpy_are_numbers(tokens):
         fused_topk_router(hidden_states, weight, np.int64(5)), naive_topk_router(hidden_states, weight, 5)
     ):
         torch.testing.assert_close(got, wanted)
+
+
+class Launches:
+    """In the place of a Triton kernel: notes the device that is current when it is launched."""
+
+    def __init__(self, current):
+        self.current, self.seen = current, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.seen.append(self.current[-1])
+
+
+@pytest.fixture
+def stand_in_for_triton(monkeypatch):
+    """Triton as it would be there, with kernels that compute nothing."""
+    current = ["another"]
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    arithmetic = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+    for name, value in {
+        "HAS_TRITON": True,
+        "triton": arithmetic,
+        "_TRITON_DTYPES": {torch.float32: "float32"},
+        "_forward_kernel": Launches(current),
+        "_backward_kernel": Launches(current),
+    }.items():
+        monkeypatch.setattr(router_triton, name, value, raising=False)
+
+
+def test_kernels_of_a_gpu_are_launched_on_the_device_of_the_tokens(stand_in_for_triton):
+    hidden_states, weight = make_inputs()
+    logits, *_ = router_triton.triton_topk_router(hidden_states, weight, 2)
+    logits.sum().backward()
+    for kernel in (router_triton._forward_kernel, router_triton._backward_kernel):
+        assert kernel.seen == [hidden_states.device]
+
+
+def test_kernels_of_a_gpu_leave_what_is_recorded_or_too_large_to_pytorch(stand_in_for_triton, monkeypatch):
+    with FakeTensorMode():
+        assert not router_triton.can_route(torch.empty(4, 8, device="cuda:0"), torch.float32)
+    monkeypatch.setattr(router_triton, "is_recorded", lambda tensor: False)
+    for tokens, expected in ((1 << 10, True), (1 << 21, False)):
+        shape = torch.empty(tokens, 1024, device="meta")
+        hidden_states = SimpleNamespace(is_cuda=True, dtype=shape.dtype, numel=shape.numel)
+        assert router_triton.can_route(hidden_states, torch.float32) == expected

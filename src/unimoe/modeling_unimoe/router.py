@@ -192,12 +192,14 @@ def _route_on_gpu(
 ) -> tuple[torch.Tensor, ...] | None:
     """The results of `triton_topk_router`, or None where Triton is missing or does not take these inputs.
 
-    Numbers of experts that there are not are left to `torch.topk` to refuse.
+    Numbers of experts that there are not are left to `torch.topk` to refuse, a weight elsewhere to the linear map.
     """
     # Importing Triton takes a while, so only a GPU does it.
     from .router_triton import can_route, triton_topk_router
 
     if not can_route(hidden_states, router_dtype or hidden_states.dtype) or not 0 < top_k <= weight.shape[0]:
+        return None
+    if weight.device != hidden_states.device:
         return None
     options = {"norm_topk_prob": norm_topk_prob, "linear_dtype": router_dtype, "statistics": statistics}
     return triton_topk_router(hidden_states, weight, top_k, **options)

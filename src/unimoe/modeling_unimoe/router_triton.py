@@ -8,6 +8,8 @@ of one program; C a slice of H.
 
 import torch
 
+from .llvm_kernels import is_recorded
+
 try:
     import triton
     import triton.language as tl
@@ -20,6 +22,8 @@ BLOCK_TOKENS = 32
 BLOCK_HIDDEN = 64
 # tl.dot multiplies nothing smaller.
 LEAST_EXPERTS = 16
+# Less than 2 ** 31, and so for the rows with which the last program goes on behind the end.
+MOST_NUMBERS = 1 << 30
 
 if HAS_TRITON:
 
@@ -177,26 +181,28 @@ class _Router(torch.autograd.Function):
         z_sums = new(rows, dtype=torch.float32)
         padded = max(LEAST_EXPERTS, triton.next_power_of_2(num_experts))
         if programs:
-            _forward_kernel[(programs,)](
-                hidden_TH,
-                weight_EH,
-                logits_TE,
-                weights_TK,
-                index_TK,
-                counts,
-                probability_sums,
-                z_sums,
-                num_tokens,
-                hidden_size,
-                num_experts,
-                top_k,
-                normalised,
-                statistics,
-                _TRITON_DTYPES[linear_dtype],
-                BLOCK_TOKENS,
-                padded,
-                BLOCK_HIDDEN,
-            )
+            # Triton launches on the current device, whatever device the tensors are on.
+            with torch.cuda.device_of(hidden_TH):
+                _forward_kernel[(programs,)](
+                    hidden_TH,
+                    weight_EH,
+                    logits_TE,
+                    weights_TK,
+                    index_TK,
+                    counts,
+                    probability_sums,
+                    z_sums,
+                    num_tokens,
+                    hidden_size,
+                    num_experts,
+                    top_k,
+                    normalised,
+                    statistics,
+                    _TRITON_DTYPES[linear_dtype],
+                    BLOCK_TOKENS,
+                    padded,
+                    BLOCK_HIDDEN,
+                )
         count_E = counts.sum(dim=0)
         probability_E = probability_sums.sum(dim=0) / max(num_tokens, 1)
         z = z_sums.sum() / max(num_tokens, 1)
@@ -217,23 +223,24 @@ class _Router(torch.autograd.Function):
         result_TE = torch.empty_like(logits_TE)
         if num_tokens:
             zero = logits_TE.new_zeros(num_experts, dtype=torch.float32)
-            _backward_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS),)](
-                logits_TE,
-                index_TK,
-                grad_weights_TK.contiguous(),
-                result_TE if grad_logits_TE is None else grad_logits_TE.contiguous(),
-                zero if grad_probability_E is None else grad_probability_E / num_tokens,
-                zero if grad_z is None else grad_z / num_tokens,
-                result_TE,
-                num_tokens,
-                num_experts,
-                index_TK.shape[1],
-                normalised,
-                statistics,
-                grad_logits_TE is not None,
-                BLOCK_TOKENS,
-                padded,
-            )
+            with torch.cuda.device_of(hidden_TH):
+                _backward_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS),)](
+                    logits_TE,
+                    index_TK,
+                    grad_weights_TK.contiguous(),
+                    result_TE if grad_logits_TE is None else grad_logits_TE.contiguous(),
+                    zero if grad_probability_E is None else grad_probability_E / num_tokens,
+                    zero if grad_z is None else grad_z / num_tokens,
+                    result_TE,
+                    num_tokens,
+                    num_experts,
+                    index_TK.shape[1],
+                    normalised,
+                    statistics,
+                    grad_logits_TE is not None,
+                    BLOCK_TOKENS,
+                    padded,
+                )
         grad_hidden = grad_weight = None
         # The two matrix products are the matmul library's, which splits the sum over tokens without atomic additions.
         if ctx.needs_input_grad[0]:
@@ -249,13 +256,15 @@ _TRITON_DTYPES = (
 
 
 def can_route(hidden_states: torch.Tensor, linear_dtype: torch.dtype) -> bool:
-    """Whether the kernels take these inputs: on a GPU, outside of a compiler, in one of their dtypes."""
+    """Whether the kernels take these inputs: on a GPU, recorded by nobody, in one of their dtypes, and not too many."""
     return (
         HAS_TRITON
         and hidden_states.is_cuda
-        and not torch.compiler.is_compiling()
+        and not is_recorded(hidden_states)
         and linear_dtype in _TRITON_DTYPES
         and hidden_states.dtype in _TRITON_DTYPES
+        # Places in the kernels are 32-bit numbers.
+        and hidden_states.numel() <= MOST_NUMBERS
     )
 
 
