@@ -111,6 +111,15 @@ def test_show_experts(folder, capsys):
     assert found.out == answer and "language_model.layers.0.mlp.gate" in found.err and "expert 3" in found.err
 
 
+def test_an_error_without_a_text_is_told_by_its_kind(folder, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise TimeoutError
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    assert main(["info", str(folder / "model")]) == 1
+    assert capsys.readouterr().err == "unimoe info: TimeoutError\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["info"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unimoe: interrupted", file=sys.stderr)
     except (ValueError, OSError, ImportError) as error:
-        # The first line says what is wrong; Transformers appends paragraphs to some of its messages.
-        print(f"unimoe {args.command}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        # The first line says what is wrong; Transformers appends paragraphs to some of its messages. A few errors have none.
+        reason = str(error).strip() or type(error).__name__
+        print(f"unimoe {args.command}: {reason.splitlines()[0]}", file=sys.stderr)
     return 1
 
 
