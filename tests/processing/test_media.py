@@ -352,6 +352,7 @@ def test_integer_sounds_are_scaled(dtype, values):
     (np.zeros(10), None, "needs its sampling rate"),
     (np.zeros(10), 0, "positive number of Hz, got 0"),
     (np.zeros(10), "16000", "positive number of Hz"),
+    (np.zeros(10), float("inf"), "positive number of Hz, got inf"),
     (np.zeros(10), 16000.5, "whole number of Hz"),
     ({"array": np.zeros(10)}, 16000, "keys 'array' and 'sampling_rate'"),
     (np.zeros(0), 16000, "zero samples"),

@@ -276,7 +276,8 @@ def _split_sound(item: Any, name: str) -> tuple[Any, Any]:
 def _check_rate(rate: Any, name: str) -> int:
     if rate is None:
         raise MediaError(f"{name}: an array of sound needs its sampling rate; pass `sampling_rate=` in Hz.")
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)) or not rate >= 1:
+    is_number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
+    if not is_number or not 1 <= rate < math.inf:
         raise MediaError(f"{name}: the sampling rate must be a positive number of Hz, got {rate!r}.")
     if rate != int(rate):
         raise MediaError(f"{name}: the sampling rate must be a whole number of Hz, got {rate!r}.")
