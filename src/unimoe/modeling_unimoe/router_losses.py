@@ -109,16 +109,20 @@ def modality_divergence_loss(router_logits: Sequence[torch.Tensor], token_types:
     """
     masks_BS = {name: token_types == TOKEN_TYPES.index(name) for name in ("text", "image", "video")}
     masks_BS["sound"] = (token_types == TOKEN_TYPES.index("audio")) | (token_types == TOKEN_TYPES.index("speech"))
+    # Looked up once for all layers, since a GPU is waited for each time.
+    places = [
+        {name: mask_BS[sample].nonzero()[:, 0] for name, mask_BS in masks_BS.items()}
+        for sample in range(len(token_types))
+    ]
+    places = [{name: place for name, place in of_sample.items() if len(place)} for of_sample in places]
     total = torch.zeros((), device=token_types.device)
     for logits_TE in router_logits:
         num_experts = logits_TE.shape[-1]
         probabilities_BSE = logits_TE.float().softmax(dim=-1).reshape(*token_types.shape, num_experts)
-        for sample, probabilities_SE in enumerate(probabilities_BSE):
-            present = {
-                name: mask[sample].to(logits_TE.device) for name, mask in masks_BS.items() if mask[sample].any()
-            }
+        for present, probabilities_SE in zip(places, probabilities_BSE):
             log_means = {
-                name: probabilities_SE[mask].mean(dim=0).log_softmax(dim=-1) for name, mask in present.items()
+                name: probabilities_SE[place.to(logits_TE.device)].mean(dim=0).log_softmax(dim=-1)
+                for name, place in present.items()
             }
             pairs = [(log_means[a], log_means[b]) for a, b in DIVERGENT_PAIRS if a in present and b in present]
             alike = [1 - (b.exp() * (b - a)).sum() / num_experts for a, b in pairs]
