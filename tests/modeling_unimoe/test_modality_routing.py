@@ -1,6 +1,9 @@
 """The router of the eight-expert Uni-MoE: noise, modality maps and losses, against its recorded values."""
 
+import copy
 import json
+import pickle
+import threading
 
 import pytest
 import torch
@@ -166,6 +169,56 @@ def test_token_types():
     ids = torch.tensor([[5, 90, 90, 6], [92, 91, 7, 5]])
     types = token_types_of(ids, {"image": 90, "video": 91, "speech": 92})
     assert types.tolist() == [[0, 1, 1, 0], [4, 2, 0, 0]]
+
+
+def in_another_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_each_thread_has_its_own_token_types():
+    types, mine, others = TokenTypes(), torch.tensor([[1]]), torch.tensor([[2]])
+    types.value_BS = mine
+    assert in_another_thread(lambda: types.value_BS) is mine, "autograd's threads write nothing"
+
+    def write():
+        types.value_BS = others
+        return types.value_BS
+
+    assert in_another_thread(write) is others and types.value_BS is mine
+    for copied in (copy.deepcopy(types), pickle.loads(pickle.dumps(types))):
+        assert copied.value_BS is None
+
+
+def test_two_threads_use_a_model_at_once():
+    from tiny_models import tiny_config, tiny_inputs
+
+    from unimoe import UniMoEForConditionalGeneration
+
+    torch.manual_seed(0)
+    sparsity = {"num_experts": 4, "top_k": 2, "layers": "all", "router_modality_maps": True}
+    model = copy.deepcopy(UniMoEForConditionalGeneration(tiny_config(text_sparsity=sparsity)).eval())
+    inputs = tiny_inputs(model.config)
+
+    @torch.no_grad()
+    def logits_of_a_text():
+        return model(input_ids=inputs["input_ids"].clamp(max=9)).logits
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    started = []
+
+    def ask_meanwhile(*_):
+        if not started:
+            started.append(True)
+            in_another_thread(logits_of_a_text)
+
+    model.model.language_model.layers[0].register_forward_pre_hook(ask_meanwhile)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected) and started
 
 
 @pytest.mark.parametrize(

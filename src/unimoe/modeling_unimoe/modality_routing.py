@@ -6,6 +6,8 @@ writes the kinds of the tokens of its current forward into a [`TokenTypes`], whi
 Shape suffixes: B batch, S text length, T = B * S tokens, H hidden size.
 """
 
+import threading
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -17,10 +19,30 @@ TOKEN_TYPES = ("text", "image", "video", "audio", "speech")
 
 
 class TokenTypes:
-    """The kinds of the tokens that a model is working on: int [B, S], indices into `TOKEN_TYPES`, or None for text."""
+    """The kinds of the tokens that a model works on, in `value_BS`: int [B, S], indices into `TOKEN_TYPES`, or None for text.
+
+    Each thread reads what it has written itself, since several may use a model at once. A thread that has written nothing, such
+    as autograd's own that computes checkpointed layers anew, reads what was written last.
+    """
 
     def __init__(self) -> None:
-        self.value_BS: torch.Tensor | None = None
+        self._last_BS: torch.Tensor | None = None
+        self._of_thread = threading.local()
+
+    @property
+    def value_BS(self) -> torch.Tensor | None:
+        # A graph that is being captured knows no threads.
+        return self._last_BS if torch.compiler.is_compiling() else getattr(self._of_thread, "value_BS", self._last_BS)
+
+    @value_BS.setter
+    def value_BS(self, value_BS: torch.Tensor | None) -> None:
+        self._last_BS = value_BS
+        if not torch.compiler.is_compiling():
+            self._of_thread.value_BS = value_BS
+
+    def __reduce__(self) -> tuple:
+        # Copies of a model start with nothing; threads' own values could not be copied.
+        return TokenTypes, ()
 
 
 class UniMoEModalityMaps(nn.Module):
