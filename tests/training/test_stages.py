@@ -254,6 +254,17 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert last_whole_checkpoint(tmp_path / "absent") is None
 
 
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_a_run_killed_while_it_claimed_its_output_is_begun_again(
+    model_folder, data_file, write_recipe, tmp_path, options
+):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "recipe.partial").write_text('{"da')
+    fields = {"model": str(model_folder("sparse")), "data": str(data_file()), "train": ["routers"]}
+    assert main(["train", write_recipe("killed", **fields, trainer={"max_steps": 1}), *options]) == 0
+    assert not (tmp_path / "killed" / "recipe.partial").exists()
+
+
 @pytest.mark.parametrize("max_steps", [3, 4])
 def test_a_finished_run_takes_no_step_when_it_is_resumed(model_folder, data_file, write_recipe, tmp_path, max_steps):
     """Within an epoch and at its end: a kill before the model was written must not cost or add a step."""

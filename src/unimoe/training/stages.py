@@ -233,10 +233,11 @@ def _claim(output: Path, recipe: Recipe, resume: bool, num_processes: int) -> bo
                 # Cut off while it was written.
                 shutil.rmtree(folder)
         return False
-    if output.exists() and any(output.iterdir()):
+    partial = file.with_suffix(".partial")
+    # Alone it is what a run has left that was killed here.
+    if output.exists() and any(entry != partial for entry in output.iterdir()):
         raise ValueError(f"output: {output} is not empty and holds no run; give another folder")
     output.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(recipe.identity(num_processes), indent=2))
     partial.rename(file)
     return True
