@@ -410,6 +410,13 @@ class ConditionedMLP(LlamaMLP):
         return super().forward(x) + condition
 
 
+class WindowedMLP(LlamaMLP):
+    """Takes tokens in windows of four."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states.unflatten(1, (-1, 4))).flatten(1, 2)
+
+
 class UpcastingMLP(LlamaMLP):
     def forward(self, x):
         return super().forward(x).double()
@@ -458,6 +465,7 @@ def packed_mlp():
         (lambda: ScaledMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
         (faint_scaled_mlp, TypeError, "computes more"),
         (lambda: ConditionedMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
+        (lambda: WindowedMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
         (lambda: UpcastingMLP(LlamaConfig(**SIZES)), TypeError, "computes more"),
         (lambda: DropoutMLP(LlamaConfig(**SIZES)), ValueError, "dropout"),
         (lambda: FunctionalDropoutMLP(CLIPVisionConfig(**SIZES)), ValueError, "dropout"),

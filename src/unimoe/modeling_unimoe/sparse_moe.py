@@ -338,8 +338,8 @@ class DenseMlp:
             hidden = self.act_fn(hidden)
         try:
             computed = mlp(probe)
-        except TypeError:
-            # It wants more than hidden states.
+        except (TypeError, ValueError, RuntimeError):
+            # It wants more than hidden states, or others.
             computed = None
         if not _agree(computed, self.down(hidden)):
             raise TypeError(
