@@ -20,7 +20,6 @@ from .errors import ConversionError
 from .expressions import Expression, stream
 from .plan import format_bytes
 
-WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
