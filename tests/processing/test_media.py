@@ -384,6 +384,14 @@ def test_truncated_sounds(tmp_path, tone, suffix, kept):
         load_audio(path)
 
 
+def test_sound_file_whose_name_is_no_text(tmp_path, tone):
+    """On Linux a name is bytes, such as those of a disc that was written in Latin-1."""
+    path = tmp_path / os.fsdecode(b"t\xf6n.wav")
+    with path.open("wb") as file:
+        soundfile.write(file, tone, 16000, format="WAV")
+    assert len(load_audio(path)) == len(tone)
+
+
 def test_bad_sound_files(tmp_path):
     soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan], np.float32), 16000, subtype="FLOAT")

@@ -306,7 +306,11 @@ def _read_sound(source: Path | bytes, name: str) -> tuple[np.ndarray, int]:
     """float32 [channels, samples] and the rate of a file's sound."""
     check_complete(source, name)
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        # Opened here: libsndfile's binding takes only names that the locale can write.
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as content,
+            soundfile.SoundFile(content) as file,
+        ):
             samples = file.read(dtype="float32", always_2d=True)
             rate = file.samplerate
             # A cut between two blocks is no decoding error; a stream's header holds no length or the largest one.
