@@ -1,5 +1,6 @@
 """The console command: answers, exit statuses, and one line on standard error for whatever cannot be done."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_an_error_without_a_text_is_told_by_its_kind(folder, monkeypatch, capsys
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
     assert main(["info", str(folder / "model")]) == 1
     assert capsys.readouterr().err == "unimoe info: TimeoutError\n"
+
+
+def test_weights_that_were_cut_off(folder, tmp_path, capsys):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", "--model", str(model), "What is this?"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unimoe")]
+    assert "unimoe generate: a safetensors file is cut short or damaged" in line and line.endswith("again")
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["info"]])

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from .commands import convert, generate, info, train, upcycle
 
 COMMANDS = (generate, convert, upcycle, train, info)
@@ -27,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The first line says what is wrong; Transformers appends paragraphs to some of its messages. A few errors have none.
         reason = str(error).strip() or type(error).__name__
         print(f"unimoe {args.command}: {reason.splitlines()[0]}", file=sys.stderr)
+    except SafetensorError as error:
+        # It names neither the file nor what to do.
+        remedy = "copy or download the checkpoint again"
+        print(
+            f"unimoe {args.command}: a safetensors file is cut short or damaged ({error}); {remedy}", file=sys.stderr
+        )
     return 1
 
 
