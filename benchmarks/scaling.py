@@ -47,7 +47,7 @@ def layer_rows(report: Report, sizes: list[Sizes], num_tokens: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = arguments(__doc__, rounds=3)
+    parser = arguments(__doc__, rounds=2)
     parser.add_argument("--tiny", action="store_true", help="tiny models: whether it runs, not how it grows")
     args = parser.parse_args(argv)
     report = Report("scaling", "How does the cost grow with tokens, experts and layers?", args)
