@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_unimoe.configuration_unimoe import UniMoESparsityConfig
+from .modeling_unimoe.dense_mlp import DenseMlp
 from .modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
 from .modeling_unimoe.router import UniMoETopKRouter
-from .modeling_unimoe.sparse_moe import DenseMlp, UniMoESparseMoeBlock
+from .modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
 from .modeling_unimoe.sparsify import plan_sparsify, sparsify
 
 Sparsity = PreTrainedConfig | Mapping[str, Any]

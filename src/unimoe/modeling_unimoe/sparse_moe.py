@@ -2,37 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import initialization as init
-from transformers.pytorch_utils import Conv1D
 
 from .capacity import ExpertCapacity
+from .dense_mlp import DenseMlp
 from .experts import UniMoEExperts, init_experts_weights, make_experts
 from .router import UniMoETopKRouter
-
-# The linear maps of dense MLPs as Transformers names them, the last one last. A first one of twice the width is gate and up.
-LINEAR_NAMES = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("gate_up_proj", "down_proj"),
-    ("fc1", "fc2"),
-    ("up_proj", "down_proj"),
-    ("c_fc", "c_proj"),
-    ("dense_h_to_4h", "dense_4h_to_h"),
-    ("fc_in", "fc_out"),
-    ("linear_fc1", "linear_fc2"),
-    ("lin1", "lin2"),
-    ("Wi", "Wo"),
-)
-ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-SUPPORTED_MLPS = (
-    f"linear maps named {', '.join('/'.join(names) for names in LINEAR_NAMES)} with an activation named "
-    f"{' or '.join(ACTIVATION_NAMES)}, and nn.Sequential(Linear, activation, Linear)"
-)
 
 
 class UniMoEResidualMlp(nn.Module):
@@ -78,6 +57,7 @@ class UniMoESparseMoeBlock(nn.Module):
         min_capacity: the least such number.
         random_token_selection: whether chance decides who finds room, in both modes; else earlier tokens come first.
         residual: whether a dense MLP stands beside the experts (residual MoE).
+        dropout: which part of the output is set to zero in training, as where a dense MLP ends with dropout.
         config: any object whose `_experts_implementation` names the experts implementation, usually the config of the
             model that owns the block. None: the block carries its own, at `block.experts.config`, set to "unimoe".
 
@@ -103,6 +83,7 @@ class UniMoESparseMoeBlock(nn.Module):
         min_capacity: int = 0,
         random_token_selection: bool = False,
         residual: bool = False,
+        dropout: float = 0.0,
         config: Any | None = None,
     ):
         super().__init__()
@@ -132,6 +113,7 @@ class UniMoESparseMoeBlock(nn.Module):
             norm_topk_prob,
         )
         self.residual = UniMoEResidualMlp(config, hidden_size, intermediate_size, **kind) if residual else None
+        self.dropout = nn.Dropout(dropout)
         # Kept here as well: an adapter may wrap the experts and hide their attributes.
         self.output_size = self.experts.output_size
         for module in self.modules():
@@ -145,7 +127,7 @@ class UniMoESparseMoeBlock(nn.Module):
         output_TO = self.experts(hidden_states_TH, index_TK, weights_TK)
         if self.residual is not None:
             output_TO = self.residual(hidden_states_TH, output_TO)
-        return output_TO.reshape(*hidden_states.shape[:-1], self.output_size)
+        return self.dropout(output_TO).reshape(*hidden_states.shape[:-1], self.output_size)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -182,6 +164,7 @@ class UniMoESparseMoeBlock(nn.Module):
                 gated=dense.is_gated,
                 bias=dense.has_bias,
                 output_size=dense.down.out_features,
+                dropout=dense.dropout,
                 **options,
             )
 
@@ -202,8 +185,8 @@ class UniMoESparseMoeBlock(nn.Module):
         """Upcycles a dense MLP: every expert is an exact copy of it, and the router is new.
 
         While `norm_topk_prob` holds and the experts are still equal, the block computes what the MLP computed. It
-        keeps the MLP's dtype, device, training mode and `requires_grad`; the new router is trainable. The MLP is left
-        as it was.
+        keeps the MLP's dtype, device, training mode, dropout at the end and `requires_grad`; the new router is trainable. The MLP
+        is left as it was.
 
         Args:
             mlp: a module whose linear maps have the names of one of `LINEAR_NAMES` (Llama, Qwen, Gemma, Phi3, GLM, CLIP, SigLIP,
@@ -217,7 +200,7 @@ class UniMoESparseMoeBlock(nn.Module):
 
         Raises:
             TypeError: the module is none of the supported kinds, or is quantised, adapted or sparse already.
-            ValueError: an argument is out of range, or the module has dropout inside.
+            ValueError: an argument is out of range, or the module has dropout before its last linear map.
         """
         dense = DenseMlp.read(mlp)
         std = initializer_std(config) if router_init_std is None else router_init_std
@@ -241,146 +224,6 @@ class UniMoESparseMoeBlock(nn.Module):
             for module in block.modules():
                 module._is_hf_initialized = True
         return block
-
-
-@dataclass
-class DenseMlp:
-    """The parts of a dense MLP: its first linear maps (gate and up, both in one, or up alone), activation and last map."""
-
-    first: list[nn.Linear]
-    down: nn.Linear
-    act_fn: Callable[[torch.Tensor], torch.Tensor]
-
-    @classmethod
-    def read(cls, mlp: nn.Module) -> "DenseMlp":
-        """Takes a module apart, or raises TypeError or ValueError (see `UniMoESparseMoeBlock.from_dense`)."""
-        name = type(mlp).__name__
-        if not isinstance(mlp, nn.Module):
-            raise TypeError(f"mlp must be an nn.Module, got {mlp!r}")
-        if isinstance(mlp, UniMoESparseMoeBlock) or hasattr(mlp, "experts"):
-            raise TypeError(f"{name} is sparse already; a dense MLP is needed: {SUPPORTED_MLPS}")
-        parts = {key: child for key, child in mlp.named_children() if not isinstance(child, _DropoutNd)}
-        if isinstance(mlp, nn.Sequential):
-            parts = dict(zip(("fc1", "act_fn", "fc2"), parts.values())) if len(parts) == 3 else {}
-        found = parts.keys() - set(ACTIVATION_NAMES)
-        names = next((names for names in LINEAR_NAMES if found == set(names)), None)
-        if names is None:
-            raise TypeError(f"cannot make {name} sparse; supported are {SUPPORTED_MLPS}")
-        *first, down = (_as_linear(parts[key]) for key in names)
-        # Not every activation is a module, and so among the parts.
-        act_fns = (parts.get(key, getattr(mlp, key, None)) for key in ACTIVATION_NAMES)
-        dense = cls(first, down, next((act_fn for act_fn in act_fns if act_fn is not None), None))
-        rates = [child.p for child in mlp.modules() if isinstance(child, _DropoutNd)]
-        rates += [value for key, value in vars(mlp).items() if "dropout" in key and isinstance(value, float)]
-        if any(rates):
-            raise ValueError(
-                f"{name} has dropout inside (rates {rates}), which a sparse block would drop: set it to 0"
-            )
-        dense._check(name)
-        dense._check_output(mlp)
-        return dense
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        return [*self.first, self.down]
-
-    @property
-    def is_gated(self) -> bool:
-        return sum(linear.out_features for linear in self.first) == 2 * self.down.in_features
-
-    @property
-    def has_bias(self) -> bool:
-        return any(linear.bias is not None for linear in self.linears)
-
-    def _check(self, name: str) -> None:
-        for linear in self.linears:
-            # Exactly nn.Linear and plain tensors: quantised or adapted layers subclass or wrap them.
-            kind = f"{type(linear).__module__}.{type(linear).__name__}"
-            if type(linear) is nn.Linear:
-                kind = f"nn.Linear of {type(linear.weight.data).__name__}"
-            if kind != "nn.Linear of Tensor":
-                raise TypeError(
-                    f"{name} holds a {kind} where a plain nn.Linear is needed: make a model sparse before it is "
-                    "quantised, adapted (LoRA) or sharded"
-                )
-            if not linear.weight.is_floating_point():
-                raise TypeError(
-                    f"{name} is quantised ({linear.weight.dtype}); make a model sparse before quantising it"
-                )
-            if linear.weight.is_meta and hasattr(linear, "_hf_hook"):
-                raise ValueError(
-                    f"{name} is offloaded, so its weights are not at hand: load the model without offloading"
-                )
-        if not callable(self.act_fn) or (isinstance(self.act_fn, nn.Module) and len(list(self.act_fn.parameters()))):
-            raise TypeError(f"{name} has no parameter-free activation; supported are {SUPPORTED_MLPS}")
-        width = self.down.in_features
-        has_known_widths = [linear.out_features for linear in self.first] in ([width], [2 * width], [width, width])
-        if len({linear.in_features for linear in self.first}) != 1 or not has_known_widths:
-            raise TypeError(
-                f"{name}: the widths of its linear maps do not fit together; supported are {SUPPORTED_MLPS}"
-            )
-
-    @torch.no_grad()
-    def _check_output(self, mlp: nn.Module) -> None:
-        """A module may have the usual parts and yet compute something else with them; two tokens tell."""
-        weight = self.down.weight
-        if weight.is_meta:
-            return
-        features = self.first[0].in_features
-        probe = (
-            torch.linspace(-2, 2, 2 * features, device=weight.device).cos().reshape(1, 2, features).to(weight.dtype)
-        )
-        hidden = torch.cat([linear(probe) for linear in self.first], dim=-1)
-        if self.is_gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.act_fn(gate) * up
-        else:
-            hidden = self.act_fn(hidden)
-        try:
-            computed = mlp(probe)
-        except (TypeError, ValueError, RuntimeError):
-            # It wants more than hidden states, or others.
-            computed = None
-        if not _agree(computed, self.down(hidden)):
-            raise TypeError(
-                f"{type(mlp).__name__} computes more than its linear maps and activation; supported are "
-                f"{SUPPORTED_MLPS}"
-            )
-
-    @torch.no_grad()
-    def copy_into(self, experts: UniMoEExperts) -> None:
-        """Fills every expert with this MLP. A missing bias beside a present one becomes zeros."""
-        first = "gate_up_proj" if experts.has_gate else "up_proj"
-        getattr(experts, first).copy_(torch.cat([linear.weight for linear in self.first]))
-        experts.down_proj.copy_(self.down.weight)
-        if experts.has_bias:
-            getattr(experts, f"{first}_bias").copy_(torch.cat([_bias(linear) for linear in self.first]))
-            experts.down_proj_bias.copy_(_bias(self.down))
-
-
-def _as_linear(module: nn.Module) -> nn.Module:
-    """GPT-2's linear map, which keeps its weight transposed, as the usual one with a view of it; others as they are."""
-    if type(module) is not Conv1D:
-        return module
-    linear = nn.Linear(*module.weight.shape, device="meta")
-    linear.weight = nn.Parameter(module.weight.t(), requires_grad=module.weight.requires_grad)
-    linear.bias = module.bias
-    return linear
-
-
-def _agree(computed: object, expected: torch.Tensor) -> bool:
-    """Whether both are the same but for rounding, measured by the largest value: new models compute tiny ones."""
-    if not isinstance(computed, torch.Tensor):
-        return False
-    if (computed.shape, computed.dtype) != (expected.shape, expected.dtype):
-        return False
-    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
-    largest = expected.nan_to_num(posinf=0, neginf=0).abs().max().item()
-    return torch.allclose(computed, expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
-
-
-def _bias(linear: nn.Linear) -> torch.Tensor:
-    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 def initializer_std(config: Any | None) -> float:

@@ -22,9 +22,11 @@ from transformers.utils.output_capturing import (
 )
 
 from .configuration_unimoe import UniMoEConfig, resolve_layers
+from .dense_mlp import DenseMlp
+from .layer_ffns import FFN_PLACES, FfnPlace, ffn_place
 from .router import UniMoETopKRouter
 from .sorted_experts import PrefersUnimoeExperts
-from .sparse_moe import DenseMlp, UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
+from .sparse_moe import UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
 
 CONFIG_KEY = "unimoe_sparsity"
 # What says where a checkpoint's files are.
@@ -45,10 +47,11 @@ def sparsify(
 ) -> PreTrainedModel:
     """Swaps the FFNs of a Transformers model for sparse blocks, in place; nothing is changed unless all of it can be.
 
-    `model` is a stack of layers with an `mlp` each (LlamaModel, CLIPVisionModel, ...) or a model around one such stack
+    `model` is a stack of layers with an FFN each (LlamaModel, CLIPVisionModel, ...) or a model around one such stack
     (LlamaForCausalLM). Of a model around several (Llava, CLIPModel), `part` says which is meant; a further call takes another.
     The parameters are then named `...layers.N.mlp.gate.weight`,
-    `...mlp.experts.gate_up_proj` and so on (see `UniMoESparseMoeBlock`). Afterwards
+    `...mlp.experts.gate_up_proj` and so on (see `UniMoESparseMoeBlock`); where the FFN has another name, or lies in the layer in
+    parts, that of the FFN or its first part stands for `mlp` (see `FFN_PLACES`). Afterwards
     - `model.set_experts_implementation(...)` and `config._experts_implementation` work, this package's "unimoe"
       being the default (a choice other than "eager" made before stays);
     - `output_router_logits=True` returns `router_logits`, a tuple with one [T, E] tensor per sparse layer, of one part after
@@ -63,7 +66,7 @@ def sparsify(
         num_experts: E, one number or one per chosen layer.
         top_k: experts per token.
         part: the name of a module inside the model, as in `named_modules()`, that has one stack of layers
-            ("model.language_model"); None for a model that has no more than one.
+            ("model.language_model"); None for a model that has no more than one, or one alone whose FFNs are called `mlp`.
         norm_topk_prob: whether the chosen weights sum to 1.
         router_dtype: dtype of the routers' linear maps; None keeps the model's.
         copy_weights: True upcycles: each expert is a copy of its layer's FFN, so the outputs stay what they were (with
@@ -81,20 +84,22 @@ def sparsify(
     options |= {"norm_topk_prob": norm_topk_prob, "router_dtype": router_dtype}
     stack_name, counts = plan_sparsify(model, layers, num_experts, top_k, part=part, **options)
     stack = model.get_submodule(stack_name)
-    chain = _chain(model, stack_name)
+    place, chain = ffn_place(stack), _chain(model, stack_name)
     owner = chain[-1][1]
     for index, count in counts.items():
         # One layer at a time, so that dense and sparse weights of the whole model never lie side by side.
-        stack[index].mlp = UniMoESparseMoeBlock.from_dense(
-            stack[index].mlp, count, top_k, copy_weights=copy_weights, config=owner.config, **options
+        block = UniMoESparseMoeBlock.from_dense(
+            place.ffn(stack[index]), count, top_k, copy_weights=copy_weights, config=owner.config, **options
         )
+        place.put(stack[index], block)
     if getattr(owner, "_output_capturing_hooks_installed", False):
         # Transformers installs its hooks once, at the first request; these routers came after it.
         for index in counts:
-            install_output_capuring_hook(stack[index].mlp.gate, "router_logits", 0)
+            install_output_capuring_hook(place.ffn(stack[index]).gate, "router_logits", 0)
     for prefix, link in reversed(chain):
         _become_sparse(link)
-        _extend_parallel_plans(link, stack_name.removeprefix(prefix).lstrip("."), stack[next(iter(counts))].mlp)
+        name = f"{stack_name.removeprefix(prefix).lstrip('.')}.*.{place.block}"
+        _extend_parallel_plans(link, name, place.ffn(stack[next(iter(counts))]))
     # The dense class could only ever be "eager", so that is taken for no choice at all.
     chosen = owner.config._experts_implementation
     owner.config._experts_implementation_internal = owner.get_correct_experts_implementation(
@@ -126,10 +131,12 @@ def plan_sparsify(
         raise TypeError(f"{type(model).__name__} is quantised; make it sparse before quantising it")
     stack_name = _find_layers(model, part)
     stack = model.get_submodule(stack_name)
+    place = ffn_place(stack)
     counts = _experts_by_layer(resolve_layers(layers, len(stack)), num_experts)
     for index, count in counts.items():
         try:
-            dense = DenseMlp.read(stack[index].mlp)
+            dense = DenseMlp.read(place.ffn(stack[index]))
+            place.check(stack[index])
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index} of {type(model).__name__}: {error}") from None
         UniMoESparseMoeBlock.on_meta(dense, count, top_k, **options)
@@ -213,31 +220,30 @@ def load_sparsified(
 
 
 def _find_layers(model: PreTrainedModel, part: str | None = None) -> str:
-    """The name of the one list of layers with an `mlp` each, in all of the model or in a part of it."""
+    """The name of the one list of layers with an FFN each, in all of the model or in a part of it."""
     stacks, whose = _stacks(model), type(model).__name__
     if part is not None:
         if part not in dict(model.named_modules()):
-            raise ValueError(f"{whose} has no part {part!r}; {_remedy(model, stacks)}")
-        stacks, whose = _within(part, stacks), f"{part} of {whose}"
+            raise ValueError(f"{whose} has no part {part!r}; {_remedy(model, list(stacks))}")
+        stacks, whose = {name: stacks[name] for name in _within(part, stacks)}, f"{part} of {whose}"
     if not stacks:
-        raise ValueError(f"{whose} has no list of layers with an `mlp` each, so nothing can be made sparse")
-    if len(stacks) > 1:
-        raise ValueError(f"{whose} has several stacks of layers; {_remedy(model, stacks)}")
-    return stacks[0]
+        raise ValueError(f"{whose} has no list of layers with an FFN each, so nothing can be made sparse")
+    # An audio tower of other layers leaves no doubt which stack of a language model is meant.
+    first = min(FFN_PLACES.index(place) for place in stacks.values())
+    found = [name for name, place in stacks.items() if place == FFN_PLACES[first]]
+    if len(stacks) > 1 and (len(found) > 1 or first > 0):
+        raise ValueError(f"{whose} has several stacks of layers; {_remedy(model, list(stacks))}")
+    return found[0]
 
 
-def _stacks(model: nn.Module) -> list[str]:
-    """The names of all lists of layers with an `mlp` each."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in module)
-    ]
+def _stacks(model: nn.Module) -> dict[str, FfnPlace]:
+    """The names of all lists of layers with an FFN each, and where these have it."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    places = {name: ffn_place(layers) for name, layers in lists.items()}
+    return {name: place for name, place in places.items() if place is not None}
 
 
-def _within(part: str, stacks: list[str]) -> list[str]:
+def _within(part: str, stacks: Iterable[str]) -> list[str]:
     return [name for name in stacks if f"{name}.".startswith(f"{part}." if part else "")]
 
 
@@ -260,15 +266,16 @@ def _describe_sparsity(model: PreTrainedModel) -> list[dict]:
     """The calls of `sparsify` that give a dense model the sparse blocks of this one, read off the blocks."""
     stacks = _stacks(model)
     calls: dict[tuple, dict] = {}
-    for name in stacks:
+    for name, place in stacks.items():
         for index, layer in enumerate(model.get_submodule(name)):
-            if not isinstance(layer.mlp, UniMoESparseMoeBlock):
+            block = place.ffn(layer)
+            if not isinstance(block, UniMoESparseMoeBlock):
                 continue
-            router = next(module for module in layer.mlp.modules() if isinstance(module, UniMoETopKRouter))
+            router = next(module for module in block.modules() if isinstance(module, UniMoETopKRouter))
             router_dtype = None if router.router_dtype is None else str(router.router_dtype).removeprefix("torch.")
             shared = {"part": name} if len(stacks) > 1 else {}
             shared |= {"top_k": router.top_k, "norm_topk_prob": router.norm_topk_prob, "router_dtype": router_dtype}
-            shared |= layer.mlp.options
+            shared |= block.options
             # With their names: blocks may differ only in which option holds a value.
             call = calls.setdefault(tuple(shared.items()), {"layers": [], "num_experts": [], **shared})
             call["layers"].append(index)
@@ -289,9 +296,9 @@ def _take_class(model: PreTrainedModel, stock_class: type[PreTrainedModel], reco
         _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
-def _extend_parallel_plans(model: PreTrainedModel, stack_name: str, block: UniMoESparseMoeBlock) -> None:
-    """Lets expert and tensor parallelism shard the experts as they do Mixtral's."""
-    experts = f"{stack_name}.*.mlp.experts"
+def _extend_parallel_plans(model: PreTrainedModel, name: str, block: UniMoESparseMoeBlock) -> None:
+    """Lets expert and tensor parallelism shard the experts of blocks called `name` as they do Mixtral's."""
+    experts = f"{name}.experts"
     names = [name for name, _ in block.experts.named_parameters(recurse=False)]
     model._ep_plan = {
         **(model._ep_plan or {}),

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..modeling_unimoe.configuration_unimoe import LAYER_PATTERNS
+from ..modeling_unimoe.dense_mlp import DenseMlp
 from ..modeling_unimoe.modeling_unimoe import UniMoEForConditionalGeneration
-from ..modeling_unimoe.sparse_moe import DenseMlp
 from ..modeling_unimoe.sparsify import sparsify
 from ..upcycling import sparsity_from_fields
 from .parts import CONNECTORS, part_of
