@@ -1,7 +1,8 @@
 """Which experts a model sends its tokens to: counted while it runs, for each router and each kind of token.
 
-Works on every model whose routers are of Transformers' form: modules named `...TopKRouter` that return logits, weights and
-expert ids. UniMoE models, models made sparse by [`sparsify`], Mixtral and Transformers' other sparse models are among them.
+Works on every model whose routers are of Transformers' form: modules named `...TopKRouter`, or derived from this package's,
+that return logits, weights and expert ids. UniMoE models, models made sparse by [`sparsify`], Mixtral and Transformers' other
+sparse models are among them.
 
 Shape letters: B batch, S length of a text, T tokens of a call, K experts chosen for each, E experts, M kinds of tokens.
 """
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling_unimoe.modality_routing import TOKEN_TYPES
+from .modeling_unimoe.router import UniMoETopKRouter
 
 # The last kind: tokens of which the model does not tell what they are, as those of a tower or of a model of texts alone.
 KINDS = (*TOKEN_TYPES, "all")
@@ -60,7 +62,7 @@ class RoutingCounter:
         modules = [
             (_PEFT_NAMES.sub("", name), module)
             for name, module in model.named_modules()
-            if type(module).__name__.endswith("TopKRouter")
+            if isinstance(module, UniMoETopKRouter) or type(module).__name__.endswith("TopKRouter")
         ]
         # PEFT keeps the original beside a router that it trains; only one of them runs.
         self._modules = [(name, module) for name, module in modules if chosen(name)]

@@ -44,7 +44,7 @@ from transformers.models.stablelm.modeling_stablelm import StableLmMLP
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 from unimoe.modeling_unimoe.experts import naive_moe_forward
-from unimoe.modeling_unimoe.router import naive_topk_router
+from unimoe.modeling_unimoe.router import UniMoETopKRouter, naive_topk_router
 from unimoe.modeling_unimoe.sparse_moe import UniMoESparseMoeBlock
 
 IMPLEMENTATIONS = ["unimoe", "eager", "grouped_mm", "batched_mm"]
@@ -476,3 +476,89 @@ def packed_mlp():
 def test_unsupported_modules_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         UniMoESparseMoeBlock.from_dense(make(), 4, 2)
+
+
+# ---- routers of one's own
+
+
+class TopPRouter(UniMoETopKRouter):
+    """As many experts as it takes to reach a probability."""
+
+    chooses_fewer = True
+
+    def forward(self, hidden_states):
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_size), self.weight)
+        weights, index = logits.softmax(dim=-1).topk(self.top_k)
+        is_needed = weights.cumsum(dim=-1) - weights < 0.6
+        return logits, weights.where(is_needed, 0), index.where(is_needed, self.num_experts)
+
+
+class NullRouter(UniMoETopKRouter):
+    """The upper half of its choices are null experts."""
+
+    chooses_fewer = True
+
+    def forward(self, hidden_states):
+        logits, weights, index = super().forward(hidden_states)
+        is_null = index >= self.num_experts // 2
+        return logits, weights.masked_fill(is_null, 0), index.masked_fill(is_null, self.num_experts)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("router_class", [TopPRouter, NullRouter])
+def test_routers_that_choose_fewer_experts(router_class, implementation, tokens):
+    torch.manual_seed(0)
+    block = UniMoESparseMoeBlock(32, 64, 4, 3)
+    block.experts.config._experts_implementation = implementation
+    block.set_router(router_class(32, 4, 3))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    hidden_states = torch.randn(tokens, 32, requires_grad=True)
+    direction = torch.linspace(-1, 1, tokens * 32).view(tokens, 32)
+
+    _, weights, index = block.gate(hidden_states)
+    assert (index == 4).any() and (index < 4).any()
+    rows = []
+    for token in range(tokens):
+        output = torch.zeros(32)
+        for weight, expert in zip(weights[token], index[token]):
+            if expert < 4:
+                gate, up = (block.experts.gate_up_proj[expert] @ hidden_states[token]).chunk(2)
+                output = output + weight * (block.experts.down_proj[expert] @ (nn.functional.silu(gate) * up))
+        rows.append(output)
+    expected = torch.stack(rows)
+    wanted = [hidden_states, *block.parameters()]
+    expected_grads = torch.autograd.grad((expected * direction).sum(), wanted, materialize_grads=True)
+
+    output = block(hidden_states)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad((output * direction).sum(), wanted, materialize_grads=True)
+    for grad, expected_grad in zip(grads, expected_grads):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(block(hidden_states), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_takes_the_place_of_another():
+    block = UniMoESparseMoeBlock(32, 64, 4, 2).to(torch.bfloat16).eval()
+    router = TopPRouter(32, 4, 2)
+    block.set_router(router)
+    assert block.gate is router and router.weight.dtype == torch.bfloat16 and not router.training
+    assert block(torch.randn(3, 32, dtype=torch.bfloat16)).shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    "options, router, error, words",
+    [
+        ({}, lambda: nn.Linear(32, 4), TypeError, "UniMoETopKRouter, .* got Linear"),
+        ({}, lambda: TopPRouter(32, 8, 2), ValueError, r"weight of \[8, 32\], the block needs \[4, 32\]"),
+        ({"capacity_factor": 1.0}, lambda: TopPRouter(32, 4, 2), ValueError, "TopPRouter .*capacity_factor"),
+    ],
+)
+def test_routers_that_do_not_fit_are_refused(options, router, error, words):
+    block = UniMoESparseMoeBlock(32, 64, 4, 2, **options)
+    before = block.gate
+    with pytest.raises(error, match=words):
+        block.set_router(router())
+    assert block.gate is before

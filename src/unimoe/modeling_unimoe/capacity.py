@@ -79,6 +79,11 @@ class ExpertCapacity:
         self.random_selection = random_selection
         self.norm_topk_prob = norm_topk_prob
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether tokens can be turned away, in training or in evaluation."""
+        return self.limits(True) or self.limits(False)
+
     def limits(self, training: bool) -> bool:
         """Whether any token can be turned away: none can where an expert has room for all."""
         factor = self.train_factor if training else self.eval_factor

@@ -208,6 +208,9 @@ def _route_on_gpu(
 class UniMoETopKRouter(nn.Module):
     """A linear router without bias: `weight` [E, H].
 
+    Other routers are subclasses with a `forward` of their own (see `UniMoESparseMoeBlock.set_router`). One that gives some tokens
+    fewer than `top_k` experts sets `chooses_fewer` and, for a choice that falls away, the id E and the weight zero.
+
     Args:
         hidden_size: H.
         num_experts: E.
@@ -220,6 +223,8 @@ class UniMoETopKRouter(nn.Module):
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
+
+    chooses_fewer = False
 
     def __init__(
         self,

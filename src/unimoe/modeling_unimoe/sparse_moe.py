@@ -129,6 +129,38 @@ class UniMoESparseMoeBlock(nn.Module):
             output_TO = self.residual(hidden_states_TH, output_TO)
         return self.dropout(output_TO).reshape(*hidden_states.shape[:-1], self.output_size)
 
+    def set_router(self, router: UniMoETopKRouter) -> None:
+        """Routes by another rule from now on (top-p, null experts, ...): `forward` of `router` decides.
+
+        It gets hidden states [..., H] and returns router logits [T, E], weights [T, K] and expert ids int64 [T, K], as
+        `UniMoETopKRouter` does; K may differ from call to call. Where its class says `chooses_fewer`, ids of E stand for no
+        expert at all, and only "batched_mm" spends time on them. Checkpoints have the weight of the router, not its rule: set
+        it again on what was loaded.
+
+        Args:
+            router: of the block's sizes. It is brought to the dtype, device and training mode of the router that it replaces; its
+                weight stays its own.
+
+        Raises:
+            TypeError: it is no `UniMoETopKRouter`.
+            ValueError: its sizes are others, or it chooses fewer experts in a block with limited capacities.
+        """
+        if not isinstance(router, UniMoETopKRouter):
+            raise TypeError(
+                f"router must be a UniMoETopKRouter, a subclass of it for one, got {type(router).__name__}"
+            )
+        if router.weight.shape != self.gate.weight.shape:
+            raise ValueError(
+                f"router has a weight of {[*router.weight.shape]}, the block needs {[*self.gate.weight.shape]}"
+            )
+        if router.chooses_fewer and self.capacity.is_limited:
+            raise ValueError(
+                f"{type(router).__name__} chooses fewer experts, which a block with a capacity_factor cannot count"
+            )
+        self.gate = router.to(self.gate.weight).train(self.training)
+        # What Transformers calls the handling of such ids.
+        self.experts._is_expert_parallel |= router.chooses_fewer
+
     @property
     def options(self) -> dict[str, Any]:
         """Capacities, `random_token_selection` and `residual`, where they are not what they are by default."""
