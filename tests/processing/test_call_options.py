@@ -1,5 +1,7 @@
 """`CallOptions`, and the options that `UniMoEProcessor` takes in the manner of Transformers' processors."""
 
+import re
+
 import av
 import numpy as np
 import pytest
@@ -85,6 +87,13 @@ def test_truncation_by_its_names(processor, truncation, cut):
 def test_an_unknown_truncation(processor):
     with pytest.raises(ValueError, match="truncation='end': use True, False, 'longest_first'"):
         processor("what is", truncation="end")
+
+
+@pytest.mark.parametrize("option", ["padding", "truncation"])
+@pytest.mark.parametrize("value", [["longest"], {}, 2, "long"])
+def test_settings_of_another_kind(processor, option, value):
+    with pytest.raises(ValueError, match=f"{option}={re.escape(repr(value))}: use True, False, "):
+        processor("what is", **{option: value})
 
 
 @pytest.fixture

@@ -202,6 +202,7 @@ WRONG_TYPES = {
     "sampling: random": "'sampling' must be 'shuffled' or 'sorted' or 'none', found 'random'",
     "train: 3": "'train' must be a list",
     "lora: {r: eight}": "lora: 'r' must be a whole number, found 'eight'",
+    "lora: {alpha: 0}": "lora: 'alpha' must be positive, found 0",
     "lora: {attention: 1}": "lora: 'attention' must be true or false, found 1",
     "experts: {copies: 2.5}": "experts: 'copies' must be a whole number",
     "experts: {from: dense}": "experts: 'from' must be a list, each of it a text, found 'dense'",

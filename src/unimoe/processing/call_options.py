@@ -86,8 +86,8 @@ class CallOptions:
     def padding_mode(self) -> str:
         """`padding` by its full name: "longest", "max_length" or "do_not_pad"."""
         names = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
-        # Also an enum of Transformers, whose value is the name.
-        return names.get(self.padding, getattr(self.padding, "value", self.padding))
+        padding = _named(self.padding)
+        return names.get(padding, padding)
 
     @property
     def truncates(self) -> bool:
@@ -96,7 +96,13 @@ class CallOptions:
 
     @property
     def _truncation(self) -> bool | str | None:
-        return getattr(self.truncation, "value", self.truncation)
+        return _named(self.truncation)
+
+
+def _named(value: Any) -> bool | str | None:
+    """A setting by its name, which is the value of an enum of Transformers."""
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (bool, type(None))) else str(value)
 
 
 CALL_OPTIONS = frozenset(field.name for field in fields(CallOptions)) - {"image_options"}

@@ -73,6 +73,9 @@ class Recipe:
         for name, fields in (("lora", LORA), ("experts", EXPERTS), ("upcycle", UPCYCLE)):
             if getattr(self, name) is not None:
                 check_fields(name, getattr(self, name), fields)
+        for name in ("r", "alpha"):
+            if (self.lora or {}).get(name, 1) <= 0:
+                raise ValueError(f"lora: {name!r} must be positive, found {self.lora[name]!r}")
         if bool(self.train) == (self.lora is not None):
             raise ValueError("give either 'train' (parts trained whole) or 'lora' (an adapter)")
         if self.experts is not None and ("from" in self.experts) == ("copies" in self.experts):
