@@ -17,6 +17,8 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     OPTConfig,
@@ -87,6 +89,12 @@ MODELS = {
         0.2,
     ),
     "falcon": (lambda: FalconForCausalLM(FalconConfig(ffn_hidden_size=48, **SIZES)), None, "mlp", 0),
+    "lfm2": (
+        lambda: Lfm2ForCausalLM(Lfm2Config(num_key_value_heads=2, full_attn_idxs=[0, 1, 2], **TEXT)),
+        None,
+        "feed_forward",
+        0,
+    ),
     "distilbert": (
         lambda: DistilBertModel(DistilBertConfig(vocab_size=40, dim=32, hidden_dim=48, n_layers=3, n_heads=4)),
         None,

@@ -27,7 +27,10 @@ LINEAR_NAMES = (
     ("wi", "wo"),
     ("wi_0", "wi_1", "wo"),
     ("intermediate_dense", "output_dense"),
+    ("w1", "w3", "w2"),
 )
+# The activations of those that call it as a function.
+ACTIVATIONS = {("w1", "w3", "w2"): nn.SiLU}
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
 SUPPORTED_MLPS = (
     f"linear maps named {', '.join('/'.join(names) for names in LINEAR_NAMES)} with an activation named "
@@ -63,7 +66,8 @@ class DenseMlp:
         *first, down = (_as_linear(parts[key]) for key in names)
         # Not every activation is a module, and so among the parts.
         act_fns = (parts.get(key, getattr(mlp, key, None)) for key in ACTIVATION_NAMES)
-        dense = cls(first, down, next((act_fn for act_fn in act_fns if act_fn is not None), None))
+        act_fn = next((act_fn for act_fn in act_fns if act_fn is not None), None)
+        dense = cls(first, down, ACTIVATIONS[names]() if act_fn is None and names in ACTIVATIONS else act_fn)
         dense._check(name)
         dense._check_output(mlp)
         return dense
