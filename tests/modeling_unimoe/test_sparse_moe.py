@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -542,10 +543,35 @@ def test_routers_that_choose_fewer_experts(router_class, implementation, tokens)
 
 def test_a_router_takes_the_place_of_another():
     block = UniMoESparseMoeBlock(32, 64, 4, 2).to(torch.bfloat16).eval()
-    router = TopPRouter(32, 4, 2)
+    router, weight = TopPRouter(32, 4, 2), block.gate.weight
     block.set_router(router)
-    assert block.gate is router and router.weight.dtype == torch.bfloat16 and not router.training
+    assert block.gate is router and router.weight is weight and not router.training
     assert block(torch.randn(3, 32, dtype=torch.bfloat16)).shape == (3, 32)
+
+
+def test_capacities_count_the_choices_of_a_router_that_was_set():
+    block = UniMoESparseMoeBlock(32, 64, 4, 1, eval_capacity_factor=0.5).eval()
+    other = UniMoESparseMoeBlock(32, 64, 4, 2, eval_capacity_factor=0.5, norm_topk_prob=False).eval()
+    block.set_router(UniMoETopKRouter(32, 4, 2, norm_topk_prob=False))
+    block.load_state_dict(other.state_dict())
+    hidden_states = torch.randn(9, 32)
+    assert torch.equal(block(hidden_states), other(hidden_states))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_router_beside_adapted_experts(implementation):
+    block = UniMoESparseMoeBlock(32, 64, 4, 2)
+    block.experts.config._experts_implementation = implementation
+    adapted = get_peft_model(block, LoraConfig(r=2, target_parameters=["experts.down_proj"], init_lora_weights=False))
+    block.set_router(NullRouter(32, 4, 2))
+    hidden_states = torch.randn(9, 32)
+    output = adapted(hidden_states)
+    torch.testing.assert_close(adapted.merge_and_unload()(hidden_states), output, rtol=1e-5, atol=1e-5)
+    get_peft_model(block, LoraConfig(r=2, target_parameters=["gate.weight"]))
+    before = block.gate
+    with pytest.raises(TypeError, match="in a ParamWrapper: set another before adding adapters"):
+        block.set_router(TopPRouter(32, 4, 2))
+    assert block.gate is before
 
 
 @pytest.mark.parametrize(

@@ -135,19 +135,23 @@ class UniMoESparseMoeBlock(nn.Module):
         It gets hidden states [..., H] and returns router logits [T, E], weights [T, K] and expert ids int64 [T, K], as
         `UniMoETopKRouter` does; K may differ from call to call. Where its class says `chooses_fewer`, ids of E stand for no
         expert at all, and only "batched_mm" spends time on them. Checkpoints have the weight of the router, not its rule: set
-        it again on what was loaded.
+        it again on what was loaded, before adapters are added.
 
         Args:
-            router: of the block's sizes. It is brought to the dtype, device and training mode of the router that it replaces; its
-                weight stays its own.
+            router: of the block's sizes. It takes over the weight of the router that it replaces, and what is attached there to
+                watch its outputs; it is brought to the same dtype, device and training mode.
 
         Raises:
-            TypeError: it is no `UniMoETopKRouter`.
+            TypeError: it is no `UniMoETopKRouter`, or the one that it would replace has an adapter.
             ValueError: its sizes are others, or it chooses fewer experts in a block with limited capacities.
         """
         if not isinstance(router, UniMoETopKRouter):
             raise TypeError(
                 f"router must be a UniMoETopKRouter, a subclass of it for one, got {type(router).__name__}"
+            )
+        if not isinstance(self.gate, UniMoETopKRouter):
+            raise TypeError(
+                f"the block's router is in a {type(self.gate).__name__}: set another before adding adapters"
             )
         if router.weight.shape != self.gate.weight.shape:
             raise ValueError(
@@ -157,9 +161,17 @@ class UniMoESparseMoeBlock(nn.Module):
             raise ValueError(
                 f"{type(router).__name__} chooses fewer experts, which a block with a capacity_factor cannot count"
             )
-        self.gate = router.to(self.gate.weight).train(self.training)
-        # What Transformers calls the handling of such ids.
-        self.experts._is_expert_parallel |= router.chooses_fewer
+        before, router.weight = self.gate, self.gate.weight
+        self.gate = router.to(before.weight).train(self.training)
+        for key, hook in list(before._forward_hooks.items()):
+            # Transformers attaches what `output_router_logits` needs only once.
+            router.register_forward_hook(hook, with_kwargs=key in before._forward_hooks_with_kwargs)
+        self.capacity.top_k, self.capacity.norm_topk_prob = router.top_k, router.norm_topk_prob
+        for module in self.experts.modules():
+            # An adapter may wrap the experts.
+            if isinstance(module, UniMoEExperts):
+                # What Transformers calls the handling of such ids.
+                module._is_expert_parallel |= router.chooses_fewer
 
     @property
     def options(self) -> dict[str, Any]:
