@@ -69,14 +69,15 @@ class RoutingCounter:
         self.routers = dict(self._modules)
         self.types_T: torch.Tensor | None = None
         self._when, self._counts_now = when, False
-        self._whole = _reader_of_texts(model, list(self.routers.values()))
+        self._readers = _readers_of_texts(model, list(self.routers.values()))
         self._handles: list[Any] = []
         self.reset()
 
     def attach(self) -> None:
         """Counts from now on."""
         self.detach()
-        self._handles.append(self._whole.register_forward_pre_hook(self._see_inputs, with_kwargs=True))
+        for reader in self._readers:
+            self._handles.append(reader.register_forward_pre_hook(self._see_inputs, with_kwargs=True))
         for name, router in self._modules:
             self._handles.append(router.register_forward_hook(lambda m, i, out, name=name: self._see(name, out)))
 
@@ -224,17 +225,18 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         counter.detach()
 
 
-def _reader_of_texts(model: nn.Module, routers: list[nn.Module]) -> nn.Module:
-    """The innermost module that is given the ids of the texts for these routers: what is outside may be passed by."""
+def _readers_of_texts(model: nn.Module, routers: list[nn.Module]) -> list[nn.Module]:
+    """The innermost modules that are given the ids of the texts for these routers: what is outside may be passed by."""
     modules = list(model.modules())
     readers = [module for module in modules if hasattr(type(module), "token_types")]
-    if not readers:
-        readers = [
-            module
-            for module in modules
-            if isinstance(module, PreTrainedModel) and set(routers) <= set(module.modules())
-        ]
-    return readers[-1] if readers else model
+    if readers:
+        return readers[-1:]
+    inside = {module: set(module.modules()) for module in modules if isinstance(module, PreTrainedModel)}
+    whole = [module for module, parts in inside.items() if set(routers) <= parts] or [model]
+    if not getattr(getattr(whole[-1], "config", None), "is_encoder_decoder", False):
+        return whole[-1:]
+    # Encoder and decoder read different texts, and `generate` calls the encoder by itself.
+    return list({[module for module, parts in inside.items() if router in parts][-1]: None for router in routers})
 
 
 def _kinds_of(counts: RouterCounts) -> list[tuple[int, str]]:

@@ -225,6 +225,68 @@ def test_generate_with_a_sparse_decoder():
     assert torch.equal(sparse, dense)
 
 
+def implementations_of(model):
+    blocks = [module for module in model.modules() if isinstance(module, unimoe.UniMoESparseMoeBlock)]
+    return [block.experts.config._experts_implementation for block in blocks]
+
+
+def pixtral_llava():
+    text = {"model_type": "mistral", "num_key_value_heads": 2, **TEXT}
+    vision = {"model_type": "pixtral", "image_size": 16, "patch_size": 8, **TEXT}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=39, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config)
+
+
+TWO_PARTS = {
+    # Its stacks have copies of its configuration.
+    "t5": (lambda: build("t5_encoder")[0], ["encoder", "decoder"]),
+    # The parts have configurations of their own.
+    "llava": (pixtral_llava, ["model.vision_tower", "model.language_model"]),
+}
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm", "unimoe"])
+@pytest.mark.parametrize("kind", TWO_PARTS)
+def test_the_implementation_asked_for_runs_in_all_parts(kind, name, tmp_path):
+    make, parts = TWO_PARTS[kind]
+    model = make()
+    for part in parts:
+        unimoe.sparsify(model, [0], num_experts=2, top_k=1, part=part)
+    assert implementations_of(model) == ["unimoe"] * 2
+    model.set_experts_implementation(name)
+    assert implementations_of(model) == [name] * 2
+    model.save_pretrained(tmp_path)
+    assert implementations_of(unimoe.load_sparsified(tmp_path)) == ["unimoe"] * 2
+    assert implementations_of(unimoe.load_sparsified(tmp_path, experts_implementation=name)) == [name] * 2
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["t5_encoder", "bart"])
+def test_routing_of_encoder_and_decoder_is_recorded_without_the_padding_of_each(kind, use_cache):
+    model = build(kind)[0].eval()
+    for stack in ("encoder", "decoder") if kind == "t5_encoder" else ("model.encoder", "model.decoder"):
+        unimoe.sparsify(model, [0], num_experts=2, top_k=1, part=stack)
+    inputs = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    with torch.no_grad(), unimoe.record_routing(model) as routing:
+        model(**inputs, decoder_input_ids=IDS)
+    assert [counts["all"].sum() for counts in routing.counts.values()] == [8, 10]
+    options = {"min_new_tokens": 3, "max_new_tokens": 3, "num_beams": 1, "do_sample": False}
+    with unimoe.record_routing(model) as routing:
+        model.generate(**inputs, decoder_start_token_id=2, eos_token_id=0, use_cache=use_cache, **options)
+    # Two texts; without a cache all tokens before are computed again.
+    assert [counts["all"].sum() for counts in routing.counts.values()] == [8, 2 * 3 if use_cache else 2 * (1 + 2 + 3)]
+
+
+def test_router_logits_come_from_a_router_that_was_set_later():
+    model = build("opt")[0].eval()
+    unimoe.sparsify(model, "all", num_experts=4, top_k=2)
+    before = run(model, output_router_logits=True).router_logits
+    for layer in model.model.decoder.layers:
+        layer.fc1.set_router(unimoe.UniMoETopKRouter(32, 4, 2))
+    after = run(model, output_router_logits=True).router_logits
+    assert len(after) == 3 and all(torch.equal(*pair) for pair in zip(after, before))
+
+
 # ---- what is refused, with the model left as it was
 
 
@@ -328,10 +390,7 @@ def test_modules_of_nothing_but_parts_are_no_layers():
 
 
 def test_one_stack_with_mlp_is_meant_before_towers_of_other_layers():
-    text = {"model_type": "mistral", "num_key_value_heads": 2, **TEXT}
-    vision = {"model_type": "pixtral", "image_size": 16, "patch_size": 8, **TEXT}
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=39, vision_feature_layer=-1)
-    model = LlavaForConditionalGeneration(config)
+    model = pixtral_llava()
     unimoe.sparsify(model, [0], num_experts=2, top_k=1)
     assert isinstance(model.model.language_model.layers[0].mlp, unimoe.UniMoESparseMoeBlock)
     unimoe.sparsify(model, [1], num_experts=2, top_k=1, part="model.vision_tower")

@@ -327,8 +327,8 @@ class SparseModelMixin(PrefersUnimoeExperts):
                 "build the stock model and call sparsify on it"
             )
         requested = config._experts_implementation
-        # The stock classes inside, still dense, would refuse any other.
-        config._experts_implementation_internal = "eager"
+        # The stock classes inside, still dense and with configurations of their own, would refuse any other.
+        config._experts_implementation = "eager"
         super().__init__(config, *args, **kwargs)
         for arguments in calls:
             sparsify(self, **arguments, copy_weights=False)
@@ -338,6 +338,13 @@ class SparseModelMixin(PrefersUnimoeExperts):
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers looks for the experts' decorator in the source of the stock class, where it cannot be.
         return True
+
+    def set_experts_implementation(self, experts_implementation: str | dict):
+        super().set_experts_implementation(experts_implementation)
+        for module in self.modules():
+            # T5's stacks have copies of its configuration, which Transformers takes for the same one.
+            if isinstance(module, SparseModelMixin) and type(module.config) is type(self.config):
+                module.config._experts_implementation_internal = self.config._experts_implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
