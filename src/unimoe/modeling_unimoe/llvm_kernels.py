@@ -11,6 +11,7 @@ block, and each takes its part. The team is that of PyTorch's own operations, so
 
 import ctypes
 import functools
+import math
 import platform
 import struct
 from collections.abc import Callable, Sequence
@@ -29,6 +30,10 @@ LINE = 64
 
 # From llvmlite 0.45 on, pointers have no types of their own.
 LEAST_LLVM = (20,)
+# The polynomial nearest to the exponential between -log(2) / 2 and log(2) / 2, from the sixth power down: within 4e-9 of it.
+EXP_SERIES = (1.3751407896e-3, 8.3689163414e-3, 4.1669533109e-2, 0.1666651846, 0.49999988595, 1.0, 1.0)
+# log(2) to so few digits that multiples of it are exact.
+ROUND_LOG_2 = 0.693359375
 # What kernels call, and PyTorch's own libraries are linked with.
 LIBRARY_FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "expf")
 
@@ -202,19 +207,63 @@ class KernelBuilder:
         shifted = self.ir.shl(self.ir.zext(bits, wide), ir.Constant(wide, [16] * width))
         return self.ir.bitcast(shifted, self.vector)
 
+    def store_vector(self, value: Any, address: Any, dtype: torch.dtype = torch.float32) -> None:
+        """Stores `width` float32 numbers as numbers of a type, rounded to the nearest."""
+        if dtype == torch.float32:
+            self.store(value, address)
+            return
+        if dtype == torch.float16:
+            bits = self.ir.fptrunc(value, ir.VectorType(ir.HalfType(), self.unit.width))
+        else:
+            wide = ir.VectorType(self.int32, self.unit.width)
+            every = lambda number: ir.Constant(wide, [number] * self.unit.width)  # noqa: E731
+            bits = self.ir.bitcast(value, wide)
+            is_odd = self.ir.and_(self.ir.lshr(bits, every(16)), every(1))
+            rounded = self.ir.lshr(self.ir.add(self.ir.add(bits, every(0x7FFF)), is_odd), every(16))
+            # What is not a number could become one by rounding up.
+            is_none = self.ir.fcmp_unordered("uno", value, value)
+            rounded = self.ir.select(is_none, every(0x7FC0), rounded)
+            bits = self.ir.trunc(rounded, ir.VectorType(ir.IntType(16), self.unit.width))
+        self.ir.store(bits, self.pointer(address), align=2)
+
     def broadcast(self, value: Any, width: int | None = None) -> Any:
         """A vector whose numbers are all `value`."""
         vector, mask = self.vector_of(width or self.unit.width), ir.VectorType(self.int32, width or self.unit.width)
         first = self.ir.insert_element(ir.Constant(vector, ir.Undefined), value, self._lane(0))
         return self.ir.shuffle_vector(first, first, ir.Constant(mask, [0] * vector.count))
 
+    def vector_number(self, value: float) -> Any:
+        """A vector whose numbers are all this constant."""
+        return ir.Constant(self.vector, [value] * self.unit.width)
+
+    def of_vectors(self, name: str, *vectors: Any) -> Any:
+        """One of LLVM's functions of vectors ("rint", "fma", ...)."""
+        name = f"llvm.{name}.v{self.unit.width}f32"
+        return self.function(name, self.vector, *[self.vector] * len(vectors))(*vectors)
+
     def multiply_add(self, left: Any, right: Any, total: Any) -> Any:
-        name = f"llvm.fma.v{self.unit.width}f32"
-        return self.function(name, self.vector, self.vector, self.vector, self.vector)(left, right, total)
+        return self.of_vectors("fma", left, right, total)
 
     def exp(self, value: Any) -> Any:
         """The exponential of a float32, by the C library's function."""
         return self.function("expf", self.float32, self.float32)(value)
+
+    def exp_of(self, vector: Any) -> Any:
+        """The exponentials of a vector's numbers, to two units in the last place: 2^n by its bits, times a polynomial."""
+        width, whole = self.unit.width, ir.VectorType(self.int32, self.unit.width)
+        least, most, per_power = (self.vector_number(value) for value in (-88.0, 89.0, math.log2(math.e)))
+        vector = self.of_vectors("minnum", self.of_vectors("maxnum", vector, least), most)
+        power = self.of_vectors("rint", self.ir.fmul(vector, per_power))
+        # What is left of the exponent after the power of two, whose logarithm is taken off in two steps, the first of them exact.
+        rest = self.multiply_add(power, self.vector_number(-ROUND_LOG_2), vector)
+        rest = self.multiply_add(power, self.vector_number(ROUND_LOG_2 - math.log(2)), rest)
+        series = self.vector_number(EXP_SERIES[0])
+        for factor in EXP_SERIES[1:]:
+            series = self.multiply_add(series, rest, self.vector_number(factor))
+        exponent = self.ir.add(self.ir.fptosi(power, whole), ir.Constant(whole, [127] * width))
+        return self.ir.fmul(
+            series, self.ir.bitcast(self.ir.shl(exponent, ir.Constant(whole, [23] * width)), self.vector)
+        )
 
     def sum_of(self, vector: Any) -> Any:
         """The sum of a vector's numbers."""

@@ -1,11 +1,12 @@
 """The experts implementation "unimoe", registered with Transformers beside "eager", "grouped_mm" and "batched_mm".
 
-On a CPU it sorts the pairs of token and expert once and runs each expert that was chosen on its own rows, with three things
+On a CPU it sorts the pairs of token and expert once and runs each expert that was chosen on its own rows, with four things
 that Transformers' implementations lack there:
 - Weights are never copied: an expert's weight is a view, and with one token so are its rows.
 - Few rows are multiplied by kernels that read a weight as fast as memory gives it (products_llvm.py), more rows as W @ x.T.
   Matrix libraries run x @ W.T at a fraction of that speed for 4 to 128 rows in float32, and in bfloat16 for any number where the
   processor has matrix instructions; preparing ("packing") the weights beforehand gains nothing over it.
+- What stands between the projections is one pass, forward and backward (swiglu_llvm.py).
 - The backward pass writes each expert's gradient once, into one buffer for all experts whose pages stay untouched where an
   expert had no token.
 
@@ -30,6 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .few_tokens_llvm import compiled_experts
 from .llvm_kernels import is_recorded
 from .products_llvm import compiled_product, padded_rows
+from .swiglu_llvm import compiled_swiglu, compiled_swiglu_backward
 
 IMPLEMENTATION = "unimoe"
 
@@ -181,6 +183,25 @@ class Activation:
     def __call__(self, first_NF: torch.Tensor) -> torch.Tensor:
         return self.function(first_NF)
 
+    def weighted(self, first_NF: torch.Tensor, scale_N1: torch.Tensor) -> torch.Tensor:
+        """The output times the routing weights: what the second projection gets."""
+        h_NI = compiled_swiglu(first_NF, scale_N1) if self.is_swiglu else None
+        if h_NI is None:
+            h_NI = self(first_NF)
+            h_NI = (h_NI * scale_N1).to(h_NI.dtype)
+        return h_NI
+
+    def weighted_backward(
+        self, first_NF: torch.Tensor, scale_N1: torch.Tensor, grad_NI: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`weighted` again, and from its gradient those of the input and, float32 [N], of the routing weights."""
+        found = compiled_swiglu_backward(first_NF, scale_N1, grad_NI) if self.is_swiglu else None
+        if found is None:
+            h_NI, backward = self.with_backward(first_NF)
+            grad_scale_N = (grad_NI * h_NI).sum(dim=-1, dtype=torch.float32)
+            found = (h_NI * scale_N1).to(h_NI.dtype), backward(grad_NI.mul_(scale_N1)), grad_scale_N
+        return found
+
     def with_backward(self, first_NF: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """The output and a function from its gradient to that of the input."""
         if self.is_swiglu:
@@ -229,8 +250,7 @@ def _run_expert(
     """One expert on its rows: the first projection [N, F], kept for the backward pass, and the weighted output [N, O]."""
     first_NF = _linear(x_NH, weights.first_EFH, weights.first_bias_EF)
     # Scaled before the second projection, so that the backward pass needs no output of it.
-    h_NI = activation(first_NF)
-    y_NO = _linear((h_NI * scale_N1).to(h_NI.dtype), weights.down_EOI, None)
+    y_NO = _linear(activation.weighted(first_NF, scale_N1), weights.down_EOI, None)
     if weights.down_bias_EO is not None:
         y_NO = y_NO + (scale_N1 * weights.down_bias_EO).to(y_NO.dtype)
     return first_NF, y_NO
@@ -288,18 +308,28 @@ def _sum_over_choices(rows: list[torch.Tensor], order: ExpertOrder, like_TX: tor
     tokens, pairs = len(like_TX), len(order.pair_P)
     if not rows:
         return like_TX.new_zeros(tokens, width)
-    return _by_pair(rows, order).view(tokens, pairs // tokens, width).sum(dim=1)
+    rows_X, place_P = _places(rows, order)
+    if torch.is_grad_enabled() and rows_X.requires_grad:
+        return rows_X.index_select(0, place_P).view(tokens, pairs // tokens, width).sum(dim=1)
+    # The same in one pass, which cannot be differentiated twice.
+    return F.embedding_bag(place_P.view(tokens, pairs // tokens), rows_X, mode="sum")
 
 
 def _by_pair(rows: list[torch.Tensor], order: ExpertOrder) -> torch.Tensor:
     """Rows in the order of experts, put into the order of pairs; zero for experts held elsewhere."""
+    rows_X, place_P = _places(rows, order)
+    return rows_X.index_select(0, place_P)
+
+
+def _places(rows: list[torch.Tensor], order: ExpertOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows one after another, with one of zeros for experts held elsewhere, and where that of each pair is."""
     pairs, present = len(order.pair_P), sum(order.counts)
     place_P = torch.empty_like(order.pair_P)
     place_P[order.pair_P] = torch.arange(pairs, device=place_P.device)
     if present < pairs:
         rows = [*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]
         place_P = place_P.clamp(max=present)
-    return torch.cat(rows).index_select(0, place_P)
+    return torch.cat(rows), place_P
 
 
 def _run(
@@ -370,21 +400,16 @@ def _backward(
         weight, grad = weights.of(expert), grads.of(expert)
         scale_N1 = scale_P1.index_select(0, pair_N)
         grad_NO = grad_TO.index_select(0, token_N)
-        h_NI, activation_backward = activation.with_backward(first_NF.contiguous())
-        # The gradient of the scaled activations.
         grad_NI = torch.mm(grad_NO, weight.down_EOI)
+        h_NI, grad_NF, grad_scale_N = activation.weighted_backward(first_NF.contiguous(), scale_N1, grad_NI)
         if needs_scale:
-            grad_scale_N = (grad_NI * h_NI).sum(dim=-1, dtype=torch.float32)
             if weight.down_bias_EO is not None:
                 grad_scale_N = grad_scale_N + torch.mv(grad_NO, weight.down_bias_EO)
             grad_scale.append(grad_scale_N)
         if grad.down_EOI is not None:
-            _outer_product(grad_NO, (h_NI * scale_N1).to(h_NI.dtype), out=grad.down_EOI)
+            _outer_product(grad_NO, h_NI, out=grad.down_EOI)
         if grad.down_bias_EO is not None:
             grad.down_bias_EO.copy_((scale_N1 * grad_NO).sum(dim=0))
-        if not (needs_hidden or needs_weights[0] or needs_weights[2]):
-            continue
-        grad_NF = activation_backward(grad_NI.mul_(scale_N1))
         if needs_hidden:
             grad_x.append(torch.mm(grad_NF, weight.first_EFH))
         if grad.first_EFH is not None:
