@@ -232,7 +232,7 @@ def _linear(x_NC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | 
         blocks_BLC, x_CN = weight_RC.unflatten(0, (-1, BLOCK)), x_NC.t().contiguous()
         y_NR = torch.bmm(blocks_BLC, x_CN.expand(len(blocks_BLC), -1, -1)).view(width, rows).t()
     elif weight_RC.itemsize < 4 and _has_matrix_instructions():
-        y_NR = torch.mm(weight_RC, x_NC.t().contiguous()).t()
+        y_NR = torch.mm(weight_RC, x_NC.t()).t()
     else:
         y_NR = F.linear(x_NC, weight_RC)
     return y_NR if bias_R is None else y_NR + bias_R
