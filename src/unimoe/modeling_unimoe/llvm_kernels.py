@@ -124,7 +124,7 @@ class KernelBuilder:
     def __init__(self, unit: VectorUnit, name: str, num_arguments: int):
         self.unit, self.name = unit, name
         self.int64, self.int32, self.float32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
-        self.vector = ir.VectorType(self.float32, unit.width)
+        self.vector, self.whole_vector = (ir.VectorType(kind, unit.width) for kind in (self.float32, self.int32))
         self.module = ir.Module(name)
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [self.int64]), name)
         self.ir = ir.IRBuilder(function.append_basic_block())
@@ -203,8 +203,7 @@ class KernelBuilder:
         if dtype == torch.float16:
             return self.ir.fpext(self.ir.bitcast(bits, ir.VectorType(ir.HalfType(), width)), self.vector)
         # bfloat16: the upper half of a float32.
-        wide = ir.VectorType(self.int32, width)
-        shifted = self.ir.shl(self.ir.zext(bits, wide), ir.Constant(wide, [16] * width))
+        shifted = self.ir.shl(self.ir.zext(bits, self.whole_vector), self.whole_number(16))
         return self.ir.bitcast(shifted, self.vector)
 
     def store_vector(self, value: Any, address: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -215,14 +214,12 @@ class KernelBuilder:
         if dtype == torch.float16:
             bits = self.ir.fptrunc(value, ir.VectorType(ir.HalfType(), self.unit.width))
         else:
-            wide = ir.VectorType(self.int32, self.unit.width)
-            every = lambda number: ir.Constant(wide, [number] * self.unit.width)  # noqa: E731
-            bits = self.ir.bitcast(value, wide)
-            is_odd = self.ir.and_(self.ir.lshr(bits, every(16)), every(1))
-            rounded = self.ir.lshr(self.ir.add(self.ir.add(bits, every(0x7FFF)), is_odd), every(16))
+            bits, half = self.ir.bitcast(value, self.whole_vector), self.whole_number(16)
+            is_odd = self.ir.and_(self.ir.lshr(bits, half), self.whole_number(1))
+            rounded = self.ir.lshr(self.ir.add(self.ir.add(bits, self.whole_number(0x7FFF)), is_odd), half)
             # What is not a number could become one by rounding up.
             is_none = self.ir.fcmp_unordered("uno", value, value)
-            rounded = self.ir.select(is_none, every(0x7FC0), rounded)
+            rounded = self.ir.select(is_none, self.whole_number(0x7FC0), rounded)
             bits = self.ir.trunc(rounded, ir.VectorType(ir.IntType(16), self.unit.width))
         self.ir.store(bits, self.pointer(address), align=2)
 
@@ -235,6 +232,10 @@ class KernelBuilder:
     def vector_number(self, value: float) -> Any:
         """A vector whose numbers are all this constant."""
         return ir.Constant(self.vector, [value] * self.unit.width)
+
+    def whole_number(self, value: int) -> Any:
+        """The same of 32-bit integers."""
+        return ir.Constant(self.whole_vector, [value] * self.unit.width)
 
     def of_vectors(self, name: str, *vectors: Any) -> Any:
         """One of LLVM's functions of vectors ("rint", "fma", ...)."""
@@ -249,8 +250,9 @@ class KernelBuilder:
         return self.function("expf", self.float32, self.float32)(value)
 
     def exp_of(self, vector: Any) -> Any:
-        """The exponentials of a vector's numbers, to two units in the last place: 2^n by its bits, times a polynomial."""
-        width, whole = self.unit.width, ir.VectorType(self.int32, self.unit.width)
+        """The exponentials of a vector's numbers, to two units in the last place: 2^n by its bits, times a polynomial. From -88
+        down it is that of -88, beyond 89 it is infinite, and for what is not a number it is some number.
+        """
         least, most, per_power = (self.vector_number(value) for value in (-88.0, 89.0, math.log2(math.e)))
         vector = self.of_vectors("minnum", self.of_vectors("maxnum", vector, least), most)
         power = self.of_vectors("rint", self.ir.fmul(vector, per_power))
@@ -260,10 +262,9 @@ class KernelBuilder:
         series = self.vector_number(EXP_SERIES[0])
         for factor in EXP_SERIES[1:]:
             series = self.multiply_add(series, rest, self.vector_number(factor))
-        exponent = self.ir.add(self.ir.fptosi(power, whole), ir.Constant(whole, [127] * width))
-        return self.ir.fmul(
-            series, self.ir.bitcast(self.ir.shl(exponent, ir.Constant(whole, [23] * width)), self.vector)
-        )
+        exponent = self.ir.add(self.ir.fptosi(power, self.whole_vector), self.whole_number(127))
+        power = self.ir.bitcast(self.ir.shl(exponent, self.whole_number(23)), self.vector)
+        return self.ir.fmul(series, power)
 
     def sum_of(self, vector: Any) -> Any:
         """The sum of a vector's numbers."""
