@@ -357,12 +357,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("case", REFUSED)
+# Dropout is seen on the meta device, too; what is computed is not.
+@pytest.mark.parametrize(
+    "case, device",
+    [(case, "cpu") for case in REFUSED] + [(case, "meta") for case in REFUSED if case.startswith("dropout")],
+)
 def test_refused_models_stay_as_they_were(case, device):
     make, part, error, words = REFUSED[case]
-    if device == "meta" and error is TypeError:
-        pytest.skip("without values nothing is compared")
     with torch.device(device):
         model = make().train()
     before = {name: (module, module.training) for name, module in model.named_modules()}

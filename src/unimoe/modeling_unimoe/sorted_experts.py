@@ -274,8 +274,7 @@ def _run_one_token(
     first_KF = torch.cat([_matrix_vector_product(weights.first_EFH[expert], hidden_1H) for expert in experts])
     if weights.first_bias_EF is not None:
         first_KF += weights.first_bias_EF[experts]
-    h_KI = activation(first_KF)
-    h_KI = (h_KI * scale_K1).to(h_KI.dtype)
+    h_KI = activation.weighted(first_KF, scale_K1)
     output_1O, *others = (
         _matrix_vector_product(weights.down_EOI[expert], h_KI[place : place + 1])
         for place, expert in enumerate(experts)

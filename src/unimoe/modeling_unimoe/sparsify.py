@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import (
 
 from .configuration_unimoe import UniMoEConfig, resolve_layers
 from .dense_mlp import DenseMlp
-from .layer_ffns import FFN_PLACES, FfnPlace, ffn_place
+from .layer_ffns import FfnPlace, ffn_place
 from .router import UniMoETopKRouter
 from .sorted_experts import PrefersUnimoeExperts
 from .sparse_moe import UniMoESparseMoeBlock, init_sparse_moe_weights, initializer_std
@@ -224,16 +224,17 @@ def _find_layers(model: PreTrainedModel, part: str | None = None) -> str:
     stacks, whose = _stacks(model), type(model).__name__
     if part is not None:
         if part not in dict(model.named_modules()):
-            raise ValueError(f"{whose} has no part {part!r}; {_remedy(model, list(stacks))}")
+            raise ValueError(f"{whose} has no part {part!r}; {_remedy(model, stacks)}")
         stacks, whose = {name: stacks[name] for name in _within(part, stacks)}, f"{part} of {whose}"
     if not stacks:
         raise ValueError(f"{whose} has no list of layers with an FFN each, so nothing can be made sparse")
+    if len(stacks) == 1:
+        return next(iter(stacks))
     # An audio tower of other layers leaves no doubt which stack of a language model is meant.
-    first = min(FFN_PLACES.index(place) for place in stacks.values())
-    found = [name for name, place in stacks.items() if place == FFN_PLACES[first]]
-    if len(stacks) > 1 and (len(found) > 1 or first > 0):
-        raise ValueError(f"{whose} has several stacks of layers; {_remedy(model, list(stacks))}")
-    return found[0]
+    usual = [name for name, place in stacks.items() if place.block == "mlp"]
+    if len(usual) != 1:
+        raise ValueError(f"{whose} has several stacks of layers; {_remedy(model, stacks)}")
+    return usual[0]
 
 
 def _stacks(model: nn.Module) -> dict[str, FfnPlace]:
@@ -247,7 +248,7 @@ def _within(part: str, stacks: Iterable[str]) -> list[str]:
     return [name for name in stacks if f"{name}.".startswith(f"{part}." if part else "")]
 
 
-def _remedy(model: PreTrainedModel, stacks: list[str]) -> str:
+def _remedy(model: PreTrainedModel, stacks: Iterable[str]) -> str:
     """Which parts there are, each by the name of the model that owns the layers if it owns no others."""
     owners = [_chain(model, name)[-1][0] for name in stacks]
     parts = [owner if len(_within(owner, stacks)) == 1 else name for owner, name in zip(owners, stacks)]
